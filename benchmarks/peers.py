@@ -1,0 +1,177 @@
+"""The executors and pools that are compared, each behind the same five calls.
+
+The start-up row imports this module in a fresh interpreter, so it imports next to nothing: a library when its peer is
+opened, and ``typing`` never.
+"""
+
+from __future__ import annotations
+
+import time
+
+from . import tasks
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any
+
+BASE = "stdlib-fork"
+
+
+class Peer:
+    """A ``concurrent.futures`` executor; subclasses say how theirs is opened, and what it calls differently."""
+
+    name = ""
+    needs = ""  # the module that must be installed; empty for the standard library
+    optional = False  # measured only when it is named on the command line
+    pool: Any
+
+    def open(self, workers: int) -> None:
+        raise NotImplementedError
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.pool.submit(function, *arguments)
+
+    def wait(self, handles: Sequence[Any]) -> list[Any]:
+        return [handle.result() for handle in handles]
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        return list(self.pool.map(function, items))
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True)
+
+    def warm(self, workers: int, limit: float = 60.0) -> None:
+        """Run tasks until every worker has answered; raise TimeoutError after ``limit`` seconds."""
+        seen: set[int] = set()
+        pause, end = 0.02, time.monotonic() + limit
+        while len(seen) < workers:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{len(seen)} of {workers} workers answered within {limit:g} s")
+            seen.update(self.wait([self.submit(tasks.whoami, pause) for _ in range(2 * workers)]))
+            pause = min(0.3, 2 * pause)
+
+
+class StdlibFork(Peer):
+    name = BASE
+    method = "fork"
+
+    def open(self, workers: int) -> None:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(self.method))
+
+
+class StdlibSpawn(StdlibFork):
+    name = "stdlib-spawn"
+    method = "spawn"
+
+
+class MpPool(Peer):
+    name = "mp.Pool"
+
+    def open(self, workers: int) -> None:
+        import multiprocessing
+
+        self.pool = multiprocessing.get_context("fork").Pool(workers)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.pool.apply_async(function, arguments)
+
+    def wait(self, handles: Sequence[Any]) -> list[Any]:
+        return [handle.get() for handle in handles]
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        result: list[Any] = self.pool.map(function, items)
+        return result
+
+    def close(self) -> None:
+        self.pool.close()
+        self.pool.join()
+
+
+class Loky(Peer):
+    name = "loky"
+    needs = "loky"
+
+    def open(self, workers: int) -> None:
+        from importlib import import_module
+
+        self.pool = import_module("loky").ProcessPoolExecutor(workers)
+
+
+class Pebble(Peer):
+    name = "pebble"
+    needs = "pebble"
+
+    def open(self, workers: int) -> None:
+        import pebble
+
+        self.pool = pebble.ProcessPool(max_workers=workers)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.pool.schedule(function, args=arguments)
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        return list(self.pool.map(function, items).result())
+
+    def close(self) -> None:
+        self.pool.close()
+        self.pool.join()
+
+
+class Fiberexec(Peer):
+    name = "fiberexec"
+    needs = "fiberexec"
+
+    def open(self, workers: int) -> None:
+        from fiberexec import FiberExecutor
+
+        self.pool = FiberExecutor(workers)
+
+
+class DaskExecutor(Peer):
+    name = "dask"
+    needs = "distributed"
+    optional = True
+
+    def open(self, workers: int) -> None:
+        from importlib import import_module
+
+        distributed = import_module("distributed")
+        self.cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+        self.client = distributed.Client(self.cluster)
+        self.pool = self.client.get_executor(pure=False)
+
+    def close(self) -> None:
+        super().close()
+        self.client.close()
+        self.cluster.close()
+
+
+class Threads(Peer):
+    """No process boundary: the floor that Future objects themselves set."""
+
+    name = "threads"
+    optional = True
+
+    def open(self, workers: int) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self.pool = ThreadPoolExecutor(workers)
+
+    def warm(self, workers: int, limit: float = 60.0) -> None:
+        self.wait([self.submit(tasks.whoami, 0.02) for _ in range(2 * workers)])
+
+
+PEERS: dict[str, type[Peer]] = {
+    peer.name: peer for peer in (StdlibFork, StdlibSpawn, MpPool, Loky, Pebble, Fiberexec, DaskExecutor, Threads)
+}
+
+
+def is_installed(name: str) -> bool:
+    """Say whether the library behind this peer can be imported."""
+    from importlib.util import find_spec
+
+    return not PEERS[name].needs or find_spec(PEERS[name].needs) is not None

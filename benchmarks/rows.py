@@ -1,0 +1,73 @@
+"""The rows of the table: what is measured, against whom, and what is to be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .peers import BASE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    ``cell`` is the workload that measures it (several rows may come out of one cell), ``key`` the number it looks at.
+    ``against`` names the peer that the number is divided by; empty where the number is a ratio, or the figure, itself.
+    """
+
+    key: str
+    title: str
+    unit: str
+    target: float
+    higher: bool = True
+    against: str = BASE
+    cell: str = ""
+    peers: tuple[str, ...] = ()  # only these, where the others can't do it at all
+    digits: int = 2
+
+    @property
+    def workload(self) -> str:
+        """The workload whose cell measures this row."""
+        return self.cell or self.key
+
+    def is_met(self, ratio: float) -> bool:
+        """Say whether this ratio reaches the target."""
+        return ratio >= self.target if self.higher else ratio <= self.target
+
+    def goal(self) -> str:
+        """The target as the table shows it."""
+        bound = "≥" if self.higher else "≤"
+        number = f"{self.target:,.0f}" if self.target >= 1000 else f"{self.target:g}x"
+        return f"{bound} {number}" + (f" {self.against}" if self.against else "")
+
+
+ONLY = ("fiberexec",)
+ROWS = (
+    Row("latency", "latency of `submit().result()`", "µs", 0.6, higher=False),
+    Row("submit", "`submit()` of 10,000 tiny tasks", "tasks/s", 7),
+    Row("closure", "the same with a `__main__` closure", "tasks/s", 6, against="loky", peers=("loky", "fiberexec")),
+    Row("map_1e5", "`map` of 1e5 tiny items", "items/s", 1, against="mp.Pool"),
+    Row("map_1e6", "`map` of 1e6 tiny items", "items/s", 1, against="mp.Pool"),
+    Row("uneven", "`map` of uneven tasks, 5 workers, over the ideal", "x", 1.03, higher=False, against="", digits=3),
+    Row("nap100", "`map` of 100 ms tasks, 5 workers, over the ideal", "x", 1.03, higher=False, against="", digits=3),
+    Row("echo_1m", "echo of 1 MiB bytes, pipelined", "MB/s", 3),
+    Row("echo_64m", "echo of a 64 MiB array, one at a time", "MB/s", 15),
+    Row("startup", "fresh interpreter to first result", "ms", 1.8, higher=False),
+    Row("shutdown", "shutdown of an idle pool", "ms", 2, higher=False),
+    Row("peak_memory", "peak memory of the driver", "MiB", 1.5, higher=False, cell="startup"),
+    Row("million_memory", "1e6 items, `map(buffersize=1000)`: memory, end over start", "x", 1.05, False, "", "million", ONLY),
+    Row("million_time", "... time for an item, end over start", "x", 1.2, False, "", "million", ONLY),
+    Row("waves_memory", "1e6 `submit()` in waves of 10,000: memory, end over start", "x", 1.05, False, "", "waves", ONLY),
+    Row("waves_time", "... time for a task, end over start", "x", 1.2, False, "", "waves", ONLY),
+    Row("scheduler", "the scheduler alone, 1,000 workers, batched events", "tasks/s", 250_000, True, "", "", ONLY, 0),
+    Row("scheduler_flat", "... cost of a task, 1,000 workers over 10", "x", 1.25, False, "", "scheduler", ONLY),
+)
+
+
+def chosen(names: list[str]) -> tuple[Row, ...]:
+    """Return the rows with these names, all of them for no name; ValueError names one that does not exist."""
+    known = {row.key for row in ROWS} | {row.workload for row in ROWS}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no row {name!r}: there are {', '.join(row.key for row in ROWS)}")
+    return tuple(row for row in ROWS if not names or row.key in names or row.workload in names)
