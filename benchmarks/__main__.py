@@ -15,14 +15,28 @@ from .runner import Cell, Quiet, run_rounds
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="fiberexec beside its peers, in one run")
-    parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row (repeatable)")
-    parser.add_argument("--peer", action="append", default=[], choices=list(PEERS), help="only this peer (repeatable)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="fiberexec beside its peers, in one run"
+    )
+    parser.add_argument(
+        "--row", action="append", default=[], metavar="NAME", help="only this row (repeatable)"
+    )
+    parser.add_argument(
+        "--peer", action="append", default=[], choices=list(PEERS), help="only this peer (repeatable)"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="interleaved rounds (default 3)")
-    parser.add_argument("--quick", action="store_true", help="one round with small counts: a smoke run, no measurement")
-    parser.add_argument("--gate", action="store_true", help="before each cell, wait up to a minute for a quiet machine")
-    parser.add_argument("--limit", type=float, default=180.0, metavar="S", help="kill a cell after S seconds (default 180)")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write every cell to this JSON file; add to it if there")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round with small counts: a smoke run, no measurement"
+    )
+    parser.add_argument(
+        "--gate", action="store_true", help="before each cell, wait up to a minute for a quiet machine"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=180.0, metavar="S", help="kill a cell after S seconds (default 180)"
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="write every cell to this JSON file; add to it if there"
+    )
     parser.add_argument("--list", action="store_true", help="name the rows and peers, measure nothing")
     options = parser.parse_args()
     try:
@@ -48,7 +62,9 @@ def main() -> None:
     options = parse()
     if options.list:
         print("rows: ", ", ".join(row.key for row in ROWS))
-        print("peers:", ", ".join(f"{name}{'' if is_installed(name) else ' (not installed)'}" for name in PEERS))
+        print(
+            "peers:", ", ".join(f"{name}{'' if is_installed(name) else ' (not installed)'}" for name in PEERS)
+        )
         return
     peers = pick_peers(options.peer, {row.against for row in options.rows if row.against})
     rounds = 1 if options.quick else options.rounds
@@ -61,7 +77,10 @@ def main() -> None:
         cell.round += first
         cells.append(cell)
         numbers = ", ".join(f"{key} {show(value)}" for key, value in cell.numbers.items())
-        print(f"round {cell.round} {cell.peer:13} {numbers or f'{cell.workload} failed: {cell.error}'}", file=sys.stderr)
+        print(
+            f"round {cell.round} {cell.peer:13} {numbers or f'{cell.workload} failed: {cell.error}'}",
+            file=sys.stderr,
+        )
         if options.save:
             options.save.write_text(json.dumps([asdict(cell) for cell in cells]))
     print(Report(options.rows, peers, cells).markdown())
