@@ -1,6 +1,7 @@
 """Benchmarks: how fast fiberexec is beside other executors and pools, in one run.
 
-``python -m benchmarks`` prints the table of ``docs/benchmarks.md``.  The data flow, and one module for each step:
+``python -m benchmarks`` prints the table of ``docs/benchmarks.md``.  The data flow, and one module for each
+step:
 
     __main__   the command line
        |
@@ -15,6 +16,6 @@
        |
     report     medians of ratios taken within a round, as markdown
 
-A machine drifts: its clock changes, a neighbour wakes up.  So rounds are interleaved (round, workload, peer, the order of
-the peers rotated), and a ratio is only ever taken between two cells of the same round.
+A machine drifts: its clock changes, a neighbour wakes up.  So rounds are interleaved (round, workload,
+peer, the order of the peers rotated), and a ratio is only ever taken between two cells of the same round.
 """

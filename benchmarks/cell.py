@@ -1,7 +1,7 @@
 """One cell: a process that opens one peer, warms it up, runs one workload and prints its numbers as JSON.
 
-Run by the runner as ``python -m benchmarks.cell PEER WORKLOAD [--quick]``.  The closure row needs a function of
-``__main__``, and in this process that is this module.
+Run by the runner as ``python -m benchmarks.cell PEER WORKLOAD [--quick]``.  The closure row needs a
+function of ``__main__``, and in this process that is this module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The executors and pools that are compared, each behind the same five calls.
 
-The start-up row imports this module in a fresh interpreter, so it imports next to nothing: a library when its peer is
-opened, and ``typing`` never.
+The start-up row imports this module in a fresh interpreter, so it imports next to nothing: a library when
+its peer is opened, and ``typing`` never.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is measured: one function a workload, each on a warm peer, each returning one number.
 
-A workload that would take a slow peer too long does fewer tasks (``fitting``): every number is a rate or a time per unit,
-so they still compare.
+A workload that would take a slow peer too long does fewer tasks (``fitting``): every number is a rate or a
+time per unit, so they still compare.
 """
 
 from __future__ import annotations
