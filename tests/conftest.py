@@ -1,0 +1,95 @@
+"""Every test proves that it left nothing behind: no child process, thread, file descriptor or shared memory."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+SETTLE = 5.0  # seconds that what a test started may still take to end
+SHARED_MEMORY = Path("/dev/shm")
+
+faulthandler.enable()
+
+
+def _children() -> dict[str, str]:
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            found[f"process {process.pid}"] = f"{process.status()}: {' '.join(process.cmdline())}"
+        except psutil.Error:
+            continue  # it ended while we looked
+    return found
+
+
+def _threads() -> dict[str, str]:
+    return {f"thread {thread.ident}": thread.name for thread in threading.enumerate()}
+
+
+def _descriptors() -> dict[str, str]:
+    """Open descriptors, each with what it refers to where the system tells."""
+    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    found = {}
+    for name in os.listdir(folder):
+        try:
+            os.fstat(int(name))
+            found[f"descriptor {name}"] = os.readlink(f"{folder}/{name}") if folder.startswith("/proc") else ""
+        except OSError:
+            continue  # the one that listed the folder
+    return found
+
+
+def _shared_memory() -> dict[str, str]:
+    if not SHARED_MEMORY.is_dir():
+        return {}
+    return {f"shared memory {path.name}": str(path) for path in SHARED_MEMORY.iterdir()}
+
+
+def _inventory() -> dict[str, str]:
+    return {**_children(), **_threads(), **_descriptors(), **_shared_memory()}
+
+
+def _left_since(before: dict[str, str]) -> dict[str, str]:
+    return {key: what for key, what in _inventory().items() if before.get(key) != what and not _is_harmless(key, what)}
+
+
+def _is_harmless(key: str, what: str) -> bool:
+    """What others keep for the life of the process: a random source, multiprocessing's resource tracker."""
+    return what == "/dev/urandom" or "multiprocessing.resource_tracker" in what
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test if it leaves a process, thread, descriptor or shared memory behind after SETTLE seconds.
+
+    The marker ``leaks(reason)`` turns it off for one test.
+    """
+    before = _inventory()
+    yield
+    if request.node.get_closest_marker("leaks"):
+        return
+    deadline = time.monotonic() + SETTLE
+    pause = 0.001
+    left = _left_since(before)
+    while left and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+        left = _left_since(before)
+    if left:
+        pytest.fail("left behind:\n" + "\n".join(f"  {key}: {what}" for key, what in left.items()), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests see no setting of whoever runs them."""
+    for name in list(os.environ):
+        if name.startswith("FIBEREXEC_") and name not in ("FIBEREXEC_CAMPAIGN", "FIBEREXEC_PORTABLE"):
+            monkeypatch.delenv(name)
