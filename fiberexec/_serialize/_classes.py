@@ -1,0 +1,192 @@
+"""Classes by value, in two steps like functions: a skeleton under a token of its own, then its attributes.
+
+The hooks of the class statement (a metaclass's `__new__`, `__init_subclass__`, `__set_name__`) ran where the class was
+defined; what they made is among the attributes, so they do not run again.
+"""
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+import weakref
+from typing import Any
+
+from ._byname import by_name
+from ._fast import PLAIN, PROTOCOL, PicklingError
+from ._identity import adopt, find, is_own, token_of
+
+_HEAP, _IMMUTABLE = 1 << 9, 1 << 8
+_NEVER = frozenset(
+    ["__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "_abc_impl", "__annotations_cache__"]
+)
+_C_MADE = (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
+
+# class -> (what its attributes were, the name for that state): by id, cleared as the class goes
+_revisions: dict[int, tuple[weakref.ref[type], dict[str, Any], str]] = {}
+
+
+def reduce_class(pickler: Any, cls: type) -> Any:
+    """How the class `cls` travels: NotImplemented if by name."""
+    name, module = cls.__qualname__, cls.__module__
+    if by_name(cls, module, name):
+        return NotImplemented
+    if not cls.__flags__ & _HEAP or cls.__flags__ & _IMMUTABLE or _made_in_c(cls):
+        for alias, value in vars(types).items():
+            if value is cls:
+                return getattr, (types, alias)
+        return NotImplemented
+    if any(base.__module__ == "_ctypes" for base in type(cls).__mro__):
+        raise PicklingError(f"the ctypes type {name} of {module} cannot travel by value: put it into a module")
+    enum = sys.modules.get("enum")
+    if enum is not None and isinstance(cls, enum.EnumMeta):
+        from ._enums import reduce_enum
+
+        return reduce_enum(cls)
+    skeleton = {"__module__": module, "__qualname__": name}
+    if "__slots__" in cls.__dict__:
+        skeleton["__slots__"] = _slots(cls)
+    args = (token_of(cls), type(cls), cls.__name__, cls.__bases__, skeleton)
+    return make_class, args, class_state(cls), None, None, fill_class
+
+
+def _made_in_c(cls: type) -> bool:
+    return any(isinstance(value, _C_MADE) and getattr(value, "__objclass__", None) is cls for value in vars(cls).values())
+
+
+def _slots(cls: type) -> Any:
+    slots = cls.__dict__["__slots__"]
+    if isinstance(slots, (str, tuple, list, dict)):
+        return slots
+    return tuple(  # an iterator, used up by the class statement
+        key for key, value in vars(cls).items() if type(value) in (types.MemberDescriptorType, types.GetSetDescriptorType)
+    )
+
+
+def attributes(cls: type) -> dict[str, Any]:
+    """What `cls` itself holds and a skeleton does not."""
+    found = {}
+    for key, value in cls.__dict__.items():
+        kind = type(value)
+        if key in _NEVER or kind is types.MemberDescriptorType or kind is types.GetSetDescriptorType:
+            if key in _NEVER or getattr(value, "__objclass__", None) is cls:
+                continue
+        found[key] = value
+    if "_abc_impl" in cls.__dict__:
+        found.pop("__abstractmethods__", None)
+    return found
+
+
+def class_state(cls: type) -> tuple[str, dict[str, Any], list[type] | None]:
+    """The revision, the attributes and, of an ABC, the registered virtual subclasses."""
+    registered = None
+    if "_abc_impl" in cls.__dict__:
+        from _abc import _get_dump
+
+        registered = [one for one in (ref() for ref in _get_dump(cls)[0]) if one is not None]
+    return revision_of(cls), attributes(cls), registered
+
+
+# -- revisions: attributes are applied when the class changed, not with every instance that arrives --------------------
+
+
+def revision_of(cls: type) -> str:
+    """A name for the present attributes of `cls`; a new one after any change, in a list or dictionary too."""
+    known = _revisions.get(id(cls))
+    pins = {key: _pin(value) for key, value in attributes(cls).items()}
+    if known is not None and known[0]() is cls and known[1] == pins:
+        return known[2]
+    revision = os.urandom(8).hex()
+    _set_revision(cls, pins, revision)
+    return revision
+
+
+def _set_revision(cls: type, pins: dict[str, Any], revision: str) -> None:
+    key = id(cls)
+    _revisions[key] = (weakref.ref(cls, lambda _: _revisions.pop(key, None)), pins, revision)
+
+
+class _Unequal:
+    """A pin that equals no other."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+
+def _pin(value: Any) -> Any:
+    """Something that stays equal as long as `value` is unchanged, and keeps no function or class alive."""
+    kind = type(value)
+    if kind in PLAIN:
+        return kind, value
+    if kind is types.FunctionType:
+        return weakref.ref(value), weakref.ref(value.__code__)
+    if isinstance(value, type):
+        return _Ref(value)
+    if kind is classmethod or kind is staticmethod:
+        return kind, _pin(value.__func__)
+    if kind is property:
+        return kind, _pin(value.fget), _pin(value.fset), _pin(value.fdel)
+    try:
+        return pickle.dumps(value, PROTOCOL)  # by name only: code of a value is not looked at
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return _Unequal()
+
+
+class _Ref:
+    """A weak reference that compares by identity, whatever the metaclass says."""
+
+    __slots__ = ("ref",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, target: Any) -> None:
+        self.ref = weakref.ref(target)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Ref) and self.ref() is not None and self.ref() is other.ref()
+
+
+# -- receiving --------------------------------------------------------------------------------------------------------
+
+
+def make_class(token: str, meta: type, name: str, bases: tuple[type, ...], skeleton: dict[str, Any]) -> Any:
+    known = find(token)
+    if known is not None:
+        return known
+    bases_now = bases
+    if any(isinstance(vars(base).get("__init_subclass__"), classmethod) for one in bases for base in one.__mro__):
+        bases_now = (_silencer(bases), *bases)
+    cls = type.__new__(meta, name, bases_now, dict(skeleton))
+    if bases_now is not bases:
+        cls.__bases__ = bases
+    return adopt(cls, token)
+
+
+def _silencer(bases: tuple[type, ...]) -> type:
+    """A first base whose `__init_subclass__` does nothing, laid out so that it can be taken away again."""
+    slots: dict[str, Any] = {} if any(base.__dictoffset__ for base in bases) else {"__slots__": ()}
+    return type("_Silencer", (), {"__init_subclass__": classmethod(lambda cls, **_: None), **slots})
+
+
+def fill_class(cls: type, state: tuple[str, dict[str, Any], list[type] | None]) -> None:
+    revision, attrs, registered = state
+    if is_own(cls):
+        return
+    known = _revisions.get(id(cls))
+    if known is not None and known[0]() is cls and known[2] == revision:
+        return
+    for key in attributes(cls).keys() - attrs.keys() - {"__doc__", "__abstractmethods__"}:
+        type.__delattr__(cls, key)
+    for key, value in attrs.items():
+        type.__setattr__(cls, key, value)
+    if registered is not None:
+        from _abc import _abc_init, _abc_register
+
+        _abc_init(cls)
+        for one in registered:
+            _abc_register(cls, one)
+    _set_revision(cls, {key: _pin(value) for key, value in attributes(cls).items()}, revision)

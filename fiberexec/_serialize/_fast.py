@@ -1,0 +1,91 @@
+"""Plain values to bytes and back: all that an idle worker needs. The rest of the package loads when it is first used.
+
+Rules
+- An entry of type `bytes` in a list of buffers arrives as `bytes`, any other as a fresh writable `bytearray`.
+- Large `bytes` at the top travel as a buffer, so that neither side copies them.
+"""
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, Union
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+PROTOCOL = 5
+LARGE = 64 * 1024  # bytes: a top-level `bytes` of this size travels without a copy
+
+# Types whose exact instances run no code of the user's when they are pickled, compared or dropped.
+_SMALL = frozenset([int, float, complex, bool, type(None), str, type(Ellipsis), type(NotImplemented)])
+PLAIN: frozenset[type] = _SMALL | {bytes}
+
+_only_small = _SMALL.issuperset
+_only_plain = PLAIN.issuperset
+_plain_dumps = pickle.dumps
+_plain_loads = pickle.loads
+
+
+class PicklingError(pickle.PicklingError):
+    """A value cannot be sent to another process; the message says which, and where it is held.
+
+    The exception that pickling met is the ``__cause__``. Remedy: leave the named attribute out (``__getstate__``), or
+    make the object anew where it is needed: in an initializer, or in the task itself.
+    """
+
+
+def _first_dump(root: Any, what: str) -> tuple[bytes, list[Buffer]]:
+    """Load the whole pickler, then stay out of the way."""
+    global _dump
+    from ._pickler import dump
+
+    _dump = dump
+    return dump(root, what)
+
+
+_dump: Callable[[Any, str], tuple[bytes, list[Buffer]]] = _first_dump
+
+
+def is_plain(values: list[Any]) -> bool:
+    """Whether all `values` are exact plain atoms and none is a large `bytes`: safe to pickle in any thread, at once."""
+    kinds = set(map(type, values))
+    if not _only_plain(kinds):
+        return False
+    return bytes not in kinds or all(len(value) < LARGE for value in values if type(value) is bytes)
+
+
+def dumps(obj: Any) -> tuple[bytes, list[Buffer]]:
+    """Pickle `obj`: the stream, and the buffers that travel beside it. Raises `PicklingError`."""
+    return _dump(obj, "object")
+
+
+def dumps_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Buffer]]:
+    """Pickle the arguments of a call; `loads` gives ``(args, kwargs)``. Raises `PicklingError`."""
+    if _only_small(map(type, args)) and not kwargs:
+        return _plain_dumps((args, kwargs), PROTOCOL), []
+    for arg in args:
+        if type(arg) is bytes and len(arg) >= LARGE:
+            return _dump_with_bytes(args, kwargs)
+    return _dump((args, kwargs), "call")
+
+
+def _dump_with_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Buffer]]:
+    wrapped: dict[int, pickle.PickleBuffer] = {}
+    for arg in args:
+        if type(arg) is bytes and len(arg) >= LARGE:
+            wrapped[id(arg)] = pickle.PickleBuffer(arg)
+    return _dump((tuple([wrapped.get(id(arg), arg) for arg in args]), kwargs), "call")
+
+
+def dumps_result(value: Any) -> tuple[bytes, list[Buffer]]:
+    """Pickle what a task returned. Raises `PicklingError`."""
+    kind = type(value)
+    if kind in _SMALL:
+        return _plain_dumps(value, PROTOCOL), []
+    if (kind is bytes or kind is bytearray) and len(value) >= LARGE:
+        value = pickle.PickleBuffer(value)
+    return _dump(value, "result")
+
+
+def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    """The object that `dumps`, `dumps_call` or `dumps_result` pickled; raises whatever its rebuilding raises."""
+    return _plain_loads(data, buffers=buffers)

@@ -1,0 +1,101 @@
+"""The whole pickler: C pickle, protocol 5, and ours for what must travel by value.
+
+    obj ──► Pickler (C) ──► stream of bytes          what `reducer_override` sees, by type:
+                 │              + buffers              functions, classes      by name, else _functions, _classes
+                 │                                     arrays, views, cells ... _reducers
+                 │                                     everything else         pickle's own way
+                 └─ refused? once more, with dill for what pickle refuses
+                        └─ again? _diagnose finds the path to the culprit, for the message
+
+Rule: whatever user code raises while it is being pickled comes out as `PicklingError`, but for `KeyboardInterrupt`.
+"""
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+from . import _reducers
+from ._fast import PROTOCOL, Buffer, PicklingError
+
+IN_BAND = 16 * 1024  # bytes: below this a copy costs less than one more entry in the frame
+
+_REDUCERS = _reducers.REDUCERS
+_reduce_other = _reducers.reduce_other
+_learn = _reducers.learn
+_LATE = frozenset(["numpy", "typing", "dataclasses"])
+
+
+class Pickler(pickle.Pickler):
+    """One dump."""
+
+    # ids of the cells whose contents come with a function's state and not with the cell itself
+    shallow: set[int] | None = None
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        reduce = _REDUCERS.get(kind)
+        if reduce is not None:
+            return reduce(self, obj)
+        if kind.__module__ in _LATE and _learn(kind):
+            return _REDUCERS[kind](self, obj)
+        if type(kind) is type and not issubclass(kind, type):
+            return NotImplemented  # an ordinary instance: its class comes by here in its turn
+        return _reduce_other(self, obj)
+
+
+class FallbackPickler(Pickler):
+    """The second attempt: what pickle refuses, dill may know."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = Pickler.reducer_override(self, obj)
+        return _reducers.reduce_with_dill(obj) if reduced is NotImplemented else reduced
+
+
+def _collector(buffers: list[Buffer]) -> Any:
+    def collect(buffer: pickle.PickleBuffer) -> bool:
+        """Keep a large buffer out of the stream: False says so to pickle."""
+        view = buffer.raw()
+        if view.nbytes < IN_BAND:
+            return True
+        owner = view.obj
+        buffers.append(owner if type(owner) is bytes else view)
+        return False
+
+    return collect
+
+
+def dump(root: Any, what: str = "object", in_band: bool = False) -> tuple[bytes, list[Buffer]]:
+    """Pickle `root`; `what` ("call", "result", "function", "object") names it in an error's message."""
+    buffers: list[Buffer] = []
+    file = io.BytesIO()
+    try:
+        Pickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return _second_attempt(root, what, in_band, error)
+    return file.getvalue(), buffers
+
+
+def _second_attempt(root: Any, what: str, in_band: bool, error: BaseException) -> tuple[bytes, list[Buffer]]:
+    refused = isinstance(error, (TypeError, pickle.PicklingError, AttributeError))
+    if refused and not isinstance(error, PicklingError):
+        buffers: list[Buffer] = []
+        file = io.BytesIO()
+        try:
+            FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            pass  # the first error is the one to tell: the second may only be dill's
+        else:
+            return file.getvalue(), buffers
+    from ._diagnose import explain
+
+    raise explain(root, what, error) from error
+
+
+def dump_in_band(obj: Any) -> bytes:
+    """Pickle `obj` into one stream without buffers."""
+    return dump(obj, in_band=True)[0]
