@@ -52,7 +52,7 @@ class Flatness:
         self.last = time.perf_counter()
 
     def results(self, name: str, count: int) -> dict[str, float]:
-        """The end over the beginning: peak memory after the first tenth over the peak in it, and medians of time.
+        """Return the end over the beginning: peak memory after the first tenth over that in it, median times.
 
         The first sample's time is left out: it fills the pipeline.
         """

@@ -19,7 +19,7 @@ BASE = "stdlib-fork"
 
 
 class Peer:
-    """A ``concurrent.futures`` executor; subclasses say how theirs is opened, and what it calls differently."""
+    """A ``concurrent.futures`` executor; subclasses say how theirs is opened and what differs."""
 
     name = ""
     needs = ""  # the module that must be installed; empty for the standard library

@@ -11,8 +11,9 @@ from .peers import BASE
 class Row:
     """One row.
 
-    ``cell`` is the workload that measures it (several rows may come out of one cell), ``key`` the number it looks at.
-    ``against`` names the peer that the number is divided by; empty where the number is a ratio, or the figure, itself.
+    ``cell`` is the workload that measures it (several rows may come out of one cell), ``key`` the number that
+    it looks at.  ``against`` names the peer that the number is divided by; empty where the number is a ratio,
+    or the figure, itself.
     """
 
     key: str
@@ -57,12 +58,12 @@ ROWS = (
     Row("startup", "fresh interpreter to first result", "ms", 1.8, False),
     Row("shutdown", "shutdown of an idle pool", "ms", 2, False),
     Row("peak_memory", "peak memory of the driver", "MiB", 1.5, False, cell="startup"),
-    Row("million_memory", "1e6 items, `buffersize=1000`: memory, end/start", "x", 1.05, False, "", "million", OURS),
+    Row("million_memory", "1e6 items by `map`: memory, end/start", "x", 1.05, False, "", "million", OURS),
     Row("million_time", "... time for an item, end/start", "x", 1.2, False, "", "million", OURS),
-    Row("waves_memory", "1e6 submits in waves of 10,000: memory, end/start", "x", 1.05, False, "", "waves", OURS),
+    Row("waves_memory", "1e6 submits in 100 waves: memory, end/start", "x", 1.05, False, "", "waves", OURS),
     Row("waves_time", "... time for a task, end/start", "x", 1.2, False, "", "waves", OURS),
     Row("scheduler", "the scheduler alone, 1,000 workers, batches", "tasks/s", 250_000, True, "", peers=OURS),
-    Row("scheduler_flat", "... cost of a task, 1,000 workers over 10", "x", 1.25, False, "", "scheduler", OURS),
+    Row("scheduler_flat", "... cost of a task, 1,000 over 10", "x", 1.25, False, "", "scheduler", OURS),
 )
 # fmt: on
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -37,7 +38,7 @@ class Child:
     """A process of a session of its own, ended as a whole after ``limit`` seconds at the latest."""
 
     def __init__(self, arguments: Sequence[str], limit: float) -> None:
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by finish()
+        self.errors: IO[bytes] = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             stdout=subprocess.PIPE,
@@ -55,10 +56,8 @@ class Child:
             yield line.decode(errors="replace").strip()
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def finish(self) -> str:
         """Wait for the end, kill what is left of the session, and return the last line of stderr."""
@@ -138,7 +137,7 @@ class Quiet:
 def run_rounds(
     rows: Sequence[Row], peers: Sequence[str], rounds: int, quick: bool, limit: float, quiet: Quiet | None
 ) -> Iterator[Cell]:
-    """Yield the cells as they are measured: round, then workload, then peer, the order of the peers rotated."""
+    """Yield the cells as they are measured: round, workload, peer, the order of the peers rotated."""
     workloads = dict.fromkeys(row.workload for row in rows)
     for turn in range(rounds):
         for workload in workloads:

@@ -105,7 +105,7 @@ def times_ideal(peer: Peer, durations: list[float], workers: int) -> float:
 
 
 def uneven(peer: Peer, quick: bool) -> float:
-    """Time over the ideal: nine naps of 2 ms to one of 60 ms, shuffled, on five workers; about 1.5 s when ideal."""
+    """Time over the ideal (about 1.5 s): nine naps of 2 ms to one of 60 ms, shuffled, on five workers."""
     count = 200 if quick else 1000
     durations = [0.06 if i % 10 == 0 else 0.002 for i in range(count)]
     random.Random(SEED).shuffle(durations)

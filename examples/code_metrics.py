@@ -81,9 +81,8 @@ def measure(path: str) -> FileMetrics:
             warnings.simplefilter("ignore")  # old escapes and the like: not what is measured here
             tree = ast.parse("".join(lines), path)
     except SyntaxError as error:
-        return FileMetrics(
-            path, error=f"line {error.lineno}: {error.msg}" if error.lineno else str(error.msg)
-        )
+        reason = str(error.msg).replace(f" for {path!r}", "")
+        return FileMetrics(path, error=f"line {error.lineno}: {reason}" if error.lineno else reason)
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         return FileMetrics(path, error=f"{type(error).__name__}: {error}")
     text = [line.strip() for line in lines]
