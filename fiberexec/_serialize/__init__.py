@@ -1,21 +1,35 @@
 """Everything that crosses a process boundary becomes bytes here, and objects again.
 
-``dumps``, ``dumps_call``, ``dumps_result`` and ``loads`` are for values, `FunctionTable` for the functions of tasks,
-``dump_exception`` and ``load_exception`` for what tasks raise. A worker loads `_fast` alone until it needs more.
+``dumps``, ``dumps_call``, ``dumps_result`` and ``loads`` are for values, `FunctionTable` for the functions
+of tasks, ``dump_exception`` and ``load_exception`` for what tasks raise. A worker loads `_fast` alone until
+it needs more.
 """
-from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
 from ._fast import PLAIN, Buffer, PicklingError, dumps, dumps_call, dumps_result, is_plain, loads
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ._exceptions import RemoteTraceback
     from ._table import FunctionRef, FunctionTable
 
 __all__ = [
-    "PLAIN", "Buffer", "FunctionRef", "FunctionTable", "PicklingError", "RemoteTraceback", "dump_exception", "dumps",
-    "dumps_call", "dumps_result", "is_plain", "load_exception", "loads",
+    "PLAIN",
+    "Buffer",
+    "FunctionRef",
+    "FunctionTable",
+    "PicklingError",
+    "RemoteTraceback",
+    "dump_exception",
+    "dumps",
+    "dumps_call",
+    "dumps_result",
+    "is_plain",
+    "load_exception",
+    "loads",
 ]
 _LATER = {"RemoteTraceback": "_exceptions", "FunctionTable": "_table", "FunctionRef": "_table"}
 
@@ -31,7 +45,8 @@ def dump_exception(exc: BaseException, traceback_text: str | None = None) -> byt
 
 
 def load_exception(data: Buffer) -> BaseException:
-    """The exception that `dump_exception` pickled, or the nearest thing to it that can be had; never raises."""
+    """The exception that `dump_exception` pickled, or the nearest thing to it that can be had; never
+    raises."""
     from ._exceptions import load_exception
 
     return load_exception(data)

@@ -1,15 +1,19 @@
 """What can be imported by name, and so travels as a name.
 
-A name is good if a fresh process would find the same: its module is not `__main__`, the import system finds the module
-again where it came from, and the attribute path leads to the same object here.
+A name is good if a fresh process would find the same: its module is not `__main__`, the import system finds
+the module again where it came from, and the attribute path leads to the same object here.
 """
+
 from __future__ import annotations
 
 import os
 import sys
 import weakref
 from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _known: dict[str, tuple[weakref.ref[ModuleType], bool]] = {}
 _MAINS = frozenset(["__main__", "__mp_main__"])

@@ -1,8 +1,9 @@
 """Classes by value, in two steps like functions: a skeleton under a token of its own, then its attributes.
 
-The hooks of the class statement (a metaclass's `__new__`, `__init_subclass__`, `__set_name__`) ran where the class was
-defined; what they made is among the attributes, so they do not run again.
+The hooks of the class statement (a metaclass's `__new__`, `__init_subclass__`, `__set_name__`) ran where
+the class was defined; what they made is among the attributes, so they do not run again.
 """
+
 from __future__ import annotations
 
 import os
@@ -10,15 +11,26 @@ import pickle
 import sys
 import types
 import weakref
-from typing import Any
 
 from ._byname import by_name
 from ._fast import PLAIN, PROTOCOL, PicklingError
 from ._identity import adopt, find, is_own, token_of
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _HEAP, _IMMUTABLE = 1 << 9, 1 << 8
 _NEVER = frozenset(
-    ["__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "_abc_impl", "__annotations_cache__"]
+    [
+        "__dict__",
+        "__weakref__",
+        "__module__",
+        "__qualname__",
+        "__slots__",
+        "_abc_impl",
+        "__annotations_cache__",
+    ]
 )
 _C_MADE = (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
 
@@ -36,8 +48,10 @@ def reduce_class(pickler: Any, cls: type) -> Any:
             if value is cls:
                 return getattr, (types, alias)
         return NotImplemented
-    if any(base.__module__ == "_ctypes" for base in type(cls).__mro__):
-        raise PicklingError(f"the ctypes type {name} of {module} cannot travel by value: put it into a module")
+    if any(base.__module__ == "_ctypes" for base in type.mro(type(cls))):
+        raise PicklingError(
+            f"the ctypes type {name} of {module} cannot travel by value: put it into a module"
+        )
     enum = sys.modules.get("enum")
     if enum is not None and isinstance(cls, enum.EnumMeta):
         from ._enums import reduce_enum
@@ -51,7 +65,10 @@ def reduce_class(pickler: Any, cls: type) -> Any:
 
 
 def _made_in_c(cls: type) -> bool:
-    return any(isinstance(value, _C_MADE) and getattr(value, "__objclass__", None) is cls for value in vars(cls).values())
+    return any(
+        isinstance(value, _C_MADE) and getattr(value, "__objclass__", None) is cls
+        for value in vars(cls).values()
+    )
 
 
 def _slots(cls: type) -> Any:
@@ -59,7 +76,9 @@ def _slots(cls: type) -> Any:
     if isinstance(slots, (str, tuple, list, dict)):
         return slots
     return tuple(  # an iterator, used up by the class statement
-        key for key, value in vars(cls).items() if type(value) in (types.MemberDescriptorType, types.GetSetDescriptorType)
+        key
+        for key, value in vars(cls).items()
+        if type(value) in (types.MemberDescriptorType, types.GetSetDescriptorType)
     )
 
 
@@ -81,13 +100,13 @@ def class_state(cls: type) -> tuple[str, dict[str, Any], list[type] | None]:
     """The revision, the attributes and, of an ABC, the registered virtual subclasses."""
     registered = None
     if "_abc_impl" in cls.__dict__:
-        from _abc import _get_dump
+        from _abc import _get_dump  # type: ignore[import-not-found]
 
         registered = [one for one in (ref() for ref in _get_dump(cls)[0]) if one is not None]
     return revision_of(cls), attributes(cls), registered
 
 
-# -- revisions: attributes are applied when the class changed, not with every instance that arrives --------------------
+# -- revisions: attributes are applied when the class changed, not with every instance that arrives ----------
 
 
 def revision_of(cls: type) -> str:
@@ -150,7 +169,7 @@ class _Ref:
         return isinstance(other, _Ref) and self.ref() is not None and self.ref() is other.ref()
 
 
-# -- receiving --------------------------------------------------------------------------------------------------------
+# -- receiving -----------------------------------------------------------------------------------------------
 
 
 def make_class(token: str, meta: type, name: str, bases: tuple[type, ...], skeleton: dict[str, Any]) -> Any:
@@ -158,9 +177,11 @@ def make_class(token: str, meta: type, name: str, bases: tuple[type, ...], skele
     if known is not None:
         return known
     bases_now = bases
-    if any(isinstance(vars(base).get("__init_subclass__"), classmethod) for one in bases for base in one.__mro__):
+    if any(
+        isinstance(vars(base).get("__init_subclass__"), classmethod) for one in bases for base in one.__mro__
+    ):
         bases_now = (_silencer(bases), *bases)
-    cls = type.__new__(meta, name, bases_now, dict(skeleton))
+    cls: Any = type.__new__(meta, name, bases_now, dict(skeleton))
     if bases_now is not bases:
         cls.__bases__ = bases
     return adopt(cls, token)

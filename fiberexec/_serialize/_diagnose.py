@@ -1,8 +1,9 @@
 """After a failure: which part of a value could not be pickled, as the path that leads to it.
 
-The value is pickled once more, by Python's slow pickler, which shows what it is busy with when the failure comes. Bounded
-in steps and in time; runs no code of the user's that the first attempt did not run.
+The value is pickled once more, by Python's slow pickler, which shows what it is busy with when the failure
+comes. Bounded in steps and in time; runs no code of the user's that the first attempt did not run.
 """
+
 from __future__ import annotations
 
 import functools
@@ -10,14 +11,22 @@ import io
 import pickle
 import time
 import types
-from typing import Any
 
 from ._fast import PROTOCOL, PicklingError
 from ._pickler import Pickler
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 MOST_STEPS = 200_000
 MOST_SECONDS = 0.5
-_SOURCES = {"call": "the arguments", "result": "the result", "function": "the function", "object": "the object"}
+_SOURCES = {
+    "call": "the arguments",
+    "result": "the result",
+    "function": "the function",
+    "object": "the object",
+}
 
 
 class _Enough(Exception):
@@ -55,8 +64,8 @@ def explain(root: Any, what: str, error: BaseException) -> PicklingError:
     source = _SOURCES.get(what, what)
     if isinstance(error, RecursionError):
         return PicklingError(
-            f"cannot send {source} to another process: nested too deeply to be pickled (a long chain of objects, or a "
-            "__reduce__ or __getstate__ without end)"
+            f"cannot send {source} to another process: nested too deeply to be pickled (a long chain of "
+            "objects, or a __reduce__ or __getstate__ without end)"
         )
     trail = _trail(root)
     path, culprit = _path(trail, what)
@@ -116,7 +125,9 @@ def _path(trail: list[Any], what: str) -> tuple[str, Any]:
 def _step(parent: Any, child: Any) -> str | None:
     """How `parent` holds `child`, as Python would write it; None if it does not."""
     if isinstance(parent, (list, tuple)):
-        for index, value in enumerate(tuple.__iter__(parent) if isinstance(parent, tuple) else list.__iter__(parent)):
+        for index, value in enumerate(
+            tuple.__iter__(parent) if isinstance(parent, tuple) else list.__iter__(parent)
+        ):
             if value is child:
                 return f"[{index}]"
     elif isinstance(parent, dict):

@@ -1,14 +1,21 @@
-"""Enum classes by value: members are rebuilt from their values, without the class's own `__new__` and `__init__`."""
+"""Enum classes by value: members are rebuilt from their values, without the class's own `__new__` and
+`__init__`."""
+
 from __future__ import annotations
 
 import enum
-from typing import Any
 
-from ._classes import _NEVER, attributes, class_state, fill_class
+from ._classes import _NEVER, class_state
 from ._identity import adopt, find, is_own, token_of
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _PLAIN_BASES = (int, float, str, bytes, tuple, complex, bytearray)
-_KEPT = frozenset(["_generate_next_value_", "_missing_", "_ignore_", "_new_member_", "_use_args_", "_numeric_repr_"])
+_KEPT = frozenset(
+    ["_generate_next_value_", "_missing_", "_ignore_", "_new_member_", "_use_args_", "_numeric_repr_"]
+)
 
 
 class _Member:
@@ -54,7 +61,13 @@ def reduce_enum(cls: Any) -> Any:
         members.append((name, value, args))
     boundary = getattr(cls, "_boundary_", None)
     args = (
-        token_of(cls), type(cls), cls.__name__, cls.__bases__, cls.__module__, cls.__qualname__, members,
+        token_of(cls),
+        type(cls),
+        cls.__name__,
+        cls.__bases__,
+        cls.__module__,
+        cls.__qualname__,
+        members,
         None if boundary is None else boundary.name,
     )
     _, attrs, _ = class_state(cls)
@@ -71,8 +84,14 @@ def _travels(cls: Any, key: str) -> bool:
 
 
 def make_enum(
-    token: str, meta: Any, name: str, bases: tuple[type, ...], module: str, qualname: str,
-    members: list[tuple[str, Any, tuple[Any, ...]]], boundary: str | None,
+    token: str,
+    meta: Any,
+    name: str,
+    bases: tuple[type, ...],
+    module: str,
+    qualname: str,
+    members: list[tuple[str, Any, tuple[Any, ...]]],
+    boundary: str | None,
 ) -> Any:
     known = find(token)
     if known is not None:
@@ -94,7 +113,7 @@ def make_enum(
         space["__init__"] = lambda self, *args: None
     for member, value, base_args in members:
         space[member] = _Member(value, base_args)
-    options: dict[str, Any] = {} if boundary is None else {"boundary": getattr(enum, "FlagBoundary")[boundary]}
+    options: dict[str, Any] = {} if boundary is None else {"boundary": enum.FlagBoundary[boundary]}
     return adopt(enum.EnumMeta.__new__(meta, name, bases, space, **options), token)
 
 

@@ -1,16 +1,21 @@
 """Exceptions to bytes and back, whatever their shape; neither way raises.
 
-An exception with its causes, contexts and, of a group, members is a graph. It becomes a flat list of nodes, each with
-several ways to rebuild it, best first: what the class's own `__reduce__` says; its class, `args` and attributes without
-calling `__init__`; a stand-in derived from the nearest base class that can be imported.
+An exception with its causes, contexts and, of a group, members is a graph. It becomes a flat list of nodes,
+each with several ways to rebuild it, best first: what the class's own `__reduce__` says; its class, `args`
+and attributes without calling `__init__`; a stand-in derived from the nearest base class that can be
+imported.
 """
+
 from __future__ import annotations
 
 import pickle
 import sys
-from typing import Any
 
 from ._fast import PROTOCOL, Buffer, loads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MOST_NODES = 500
 _GROUP: Any = getattr(__import__("builtins"), "BaseExceptionGroup", None)
@@ -18,7 +23,8 @@ _OWN_STATE = ("__notes__",)
 
 
 class RemoteTraceback(Exception):
-    """The traceback of an exception in the process that raised it, as text; the ``__cause__`` of what arrives."""
+    """The traceback of an exception in the process that raised it, as text; the ``__cause__`` of what
+    arrives."""
 
     def __init__(self, tb: str) -> None:
         super().__init__(tb)
@@ -28,7 +34,7 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.tb}"""'
 
 
-# -- sending ----------------------------------------------------------------------------------------------------------
+# -- sending -------------------------------------------------------------------------------------------------
 
 
 def dump_exception(exc: BaseException, traceback_text: str | None = None) -> bytes:
@@ -146,7 +152,14 @@ def _builtin_base(cls: type) -> Any:
 
 def _has_own_reduce(cls: type) -> bool:
     """Whether the user's class says itself how it is pickled."""
-    own = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")
+    own = (
+        "__reduce__",
+        "__reduce_ex__",
+        "__getstate__",
+        "__setstate__",
+        "__getnewargs__",
+        "__getnewargs_ex__",
+    )
     builtin = _builtin_base(cls)
     return any(getattr(cls, name, None) is not getattr(builtin, name, None) for name in own)
 
@@ -164,12 +177,22 @@ def _last_resort(exc: BaseException, text: str) -> dict[str, Any]:
     cls = type(exc)
     base = "Exception" if isinstance(exc, Exception) else "BaseException"
     return {
-        "name": cls.__name__, "qualname": cls.__qualname__, "module": str(cls.__module__), "str": text, "repr": text,
-        "base": ("builtins", base), "class": None, "args": [], "state": {}, "cause": None, "context": None, "suppress": False,
+        "name": cls.__name__,
+        "qualname": cls.__qualname__,
+        "module": str(cls.__module__),
+        "str": text,
+        "repr": text,
+        "base": ("builtins", base),
+        "class": None,
+        "args": [],
+        "state": {},
+        "cause": None,
+        "context": None,
+        "suppress": False,
     }
 
 
-# -- receiving --------------------------------------------------------------------------------------------------------
+# -- receiving -----------------------------------------------------------------------------------------------
 
 
 def load_exception(data: Buffer) -> BaseException:
@@ -268,8 +291,11 @@ def _make_stand_in(node: dict[str, Any], members: list[BaseException]) -> BaseEx
         base = Exception
     text, shown = node["str"], node["repr"]
     space = {
-        "__module__": node["module"], "__qualname__": node["qualname"],
-        "__str__": lambda self: text, "__repr__": lambda self: shown, "__reduce__": _reduce_stand_in,
+        "__module__": node["module"],
+        "__qualname__": node["qualname"],
+        "__str__": lambda self: text,
+        "__repr__": lambda self: shown,
+        "__reduce__": _reduce_stand_in,
         "__doc__": "Stands in for an exception whose class cannot be rebuilt in this process.",
         "_fiberexec_node": {**node, "class": None, "own": None},
     }

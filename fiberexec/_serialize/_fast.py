@@ -1,22 +1,29 @@
-"""Plain values to bytes and back: all that an idle worker needs. The rest of the package loads when it is first used.
+"""Plain values to bytes and back: all that an idle worker needs. The rest of the package loads when it is
+first used.
 
 Rules
 - An entry of type `bytes` in a list of buffers arrives as `bytes`, any other as a fresh writable `bytearray`.
 - Large `bytes` at the top travel as a buffer, so that neither side copies them.
 """
+
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
-from typing import Any, Union
 
-Buffer = Union[bytes, bytearray, memoryview]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+Buffer = bytes | bytearray | memoryview
 
 PROTOCOL = 5
 LARGE = 64 * 1024  # bytes: a top-level `bytes` of this size travels without a copy
 
 # Types whose exact instances run no code of the user's when they are pickled, compared or dropped.
-_SMALL = frozenset([int, float, complex, bool, type(None), str, type(Ellipsis), type(NotImplemented)])
+_SMALL: frozenset[type] = frozenset(
+    [int, float, complex, bool, type(None), str, type(Ellipsis), type(NotImplemented)]
+)
 PLAIN: frozenset[type] = _SMALL | {bytes}
 
 _only_small = _SMALL.issuperset
@@ -28,8 +35,8 @@ _plain_loads = pickle.loads
 class PicklingError(pickle.PicklingError):
     """A value cannot be sent to another process; the message says which, and where it is held.
 
-    The exception that pickling met is the ``__cause__``. Remedy: leave the named attribute out (``__getstate__``), or
-    make the object anew where it is needed: in an initializer, or in the task itself.
+    The exception that pickling met is the ``__cause__``. Remedy: leave the named attribute out
+    (``__getstate__``), or make the object anew where it is needed: in an initializer, or in the task itself.
     """
 
 
@@ -46,7 +53,8 @@ _dump: Callable[[Any, str], tuple[bytes, list[Buffer]]] = _first_dump
 
 
 def is_plain(values: list[Any]) -> bool:
-    """Whether all `values` are exact plain atoms and none is a large `bytes`: safe to pickle in any thread, at once."""
+    """Whether all `values` are exact plain atoms and none is a large `bytes`: safe to pickle in any thread,
+    at once."""
     kinds = set(map(type, values))
     if not _only_plain(kinds):
         return False
@@ -60,26 +68,37 @@ def dumps(obj: Any) -> tuple[bytes, list[Buffer]]:
 
 def dumps_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Buffer]]:
     """Pickle the arguments of a call; `loads` gives ``(args, kwargs)``. Raises `PicklingError`."""
-    if _only_small(map(type, args)) and not kwargs:
-        return _plain_dumps((args, kwargs), PROTOCOL), []
-    for arg in args:
-        if type(arg) is bytes and len(arg) >= LARGE:
-            return _dump_with_bytes(args, kwargs)
+    if _only_small(map(type, args)):
+        if not kwargs or _only_small(map(type, kwargs.values())):
+            return _plain_dumps((args, kwargs), PROTOCOL), []
+    elif not kwargs:
+        for arg in args:
+            if type(arg) not in _SMALL and not _is_flat(arg):
+                break
+        else:
+            return _plain_dumps((args, kwargs), PROTOCOL), []
+    large = {id(arg): arg for arg in args if type(arg) is bytes and len(arg) >= LARGE}
+    if large:
+        wrapped = {key: pickle.PickleBuffer(value) for key, value in large.items()}
+        args = tuple([wrapped.get(id(arg), arg) for arg in args])
     return _dump((args, kwargs), "call")
 
 
-def _dump_with_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Buffer]]:
-    wrapped: dict[int, pickle.PickleBuffer] = {}
-    for arg in args:
-        if type(arg) is bytes and len(arg) >= LARGE:
-            wrapped[id(arg)] = pickle.PickleBuffer(arg)
-    return _dump((tuple([wrapped.get(id(arg), arg) for arg in args]), kwargs), "call")
+def _is_flat(value: Any) -> bool:
+    """Whether `value` is an exact built-in container of atoms, or short `bytes`: then pickle needs none of
+    our help."""
+    kind = type(value)
+    if kind is dict:
+        return _only_small(map(type, value)) and _only_small(map(type, value.values()))
+    if kind is tuple or kind is list:
+        return _only_small(map(type, value))
+    return kind is bytes and len(value) < LARGE
 
 
 def dumps_result(value: Any) -> tuple[bytes, list[Buffer]]:
     """Pickle what a task returned. Raises `PicklingError`."""
     kind = type(value)
-    if kind in _SMALL:
+    if kind in _SMALL or _is_flat(value):
         return _plain_dumps(value, PROTOCOL), []
     if (kind is bytes or kind is bytearray) and len(value) >= LARGE:
         value = pickle.PickleBuffer(value)
@@ -87,5 +106,6 @@ def dumps_result(value: Any) -> tuple[bytes, list[Buffer]]:
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    """The object that `dumps`, `dumps_call` or `dumps_result` pickled; raises whatever its rebuilding raises."""
+    """The object that `dumps`, `dumps_call` or `dumps_result` pickled; raises whatever its rebuilding
+    raises."""
     return _plain_loads(data, buffers=buffers)

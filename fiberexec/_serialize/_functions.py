@@ -1,9 +1,12 @@
-"""Functions by value, in two steps: made from code and empty cells, then filled, so that they may refer to themselves.
+"""Functions by value, in two steps: made from code and empty cells, then filled, so that they may refer to
+themselves.
 
-The globals of a function whose module can be imported are that module's own, wherever it lands. Those of any other
-(`__main__`, a notebook, `exec`) land in one namespace per source and receiving process; only the names that the code
-refers to travel. The process that a namespace comes from is its authority: a function that comes back brings no globals.
+The globals of a function whose module can be imported are that module's own, wherever it lands. Those of
+any other (`__main__`, a notebook, `exec`) land in one namespace per source and receiving process; only the
+names that the code refers to travel. The process that a namespace comes from is its authority: a function
+that comes back brings no globals.
 """
+
 from __future__ import annotations
 
 import marshal
@@ -12,18 +15,22 @@ import sys
 import weakref
 from collections import OrderedDict
 from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any
 
 from ._byname import by_name, home_of, module_by_name
 from ._fast import PicklingError
 
-Namespace = dict[str, Any]
-State = dict[str, Any]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    Namespace = dict[str, Any]
+    State = dict[str, Any]
 
 _PYTHON = sys.version_info[:2]
 _MOST_NAMESPACES = 1024  # what is pushed out is sent as a new namespace next time
 
-# token -> (namespace, whether it is this process's own); the same, the other way. Strong, so an id is never reused.
+# token -> (namespace, whether it is this process's own); the same, the other way. Strong, so an id is never
+# reused.
 _namespaces: OrderedDict[str, tuple[Namespace, bool]] = OrderedDict()
 _tokens: dict[int, str] = {}
 
@@ -59,14 +66,15 @@ def _namespace(name: str, token: str | None) -> Namespace:
     return known[0]
 
 
-# -- what code refers to ----------------------------------------------------------------------------------------------
+# -- what code refers to -------------------------------------------------------------------------------------
 
 _names_of: dict[int, tuple[weakref.ref[CodeType], tuple[str, ...], frozenset[str]]] = {}
 _opcodes: tuple[dict[int, int], int] | None = None
 
 
 def _load_opcodes() -> tuple[dict[int, int], int]:
-    """Opcodes that name a global, each with the shift that its argument needs; and the prefix for long arguments."""
+    """Opcodes that name a global, each with the shift that its argument needs; and the prefix for long
+    arguments."""
     global _opcodes
     if _opcodes is None:
         from opcode import opmap
@@ -138,7 +146,7 @@ def _submodules(values: list[Any], names: frozenset[str]) -> list[str]:
     return sorted(found)
 
 
-# -- sending ----------------------------------------------------------------------------------------------------------
+# -- sending -------------------------------------------------------------------------------------------------
 
 
 def reduce_function(pickler: Any, fn: FunctionType) -> Any:
@@ -152,13 +160,13 @@ def reduce_function(pickler: Any, fn: FunctionType) -> Any:
         pickler.shallow.update(map(id, cells))
     namespace = fn.__globals__
     home = home_of(namespace)
-    if home is not None:
-        token, name, captured = None, home, {}
-    else:
-        name = namespace.get("__name__")
+    token: str | None = None
+    captured: State = {}
+    if home is None:
         token, captured = _token_of(namespace), captured_globals(fn)
-        if type(name) is not str:
-            name = "__main__"
+        home = namespace.get("__name__")
+        if type(home) is not str:
+            home = "__main__"
         if namespace.get("__package__"):
             captured["__package__"] = namespace["__package__"]
     contents = [(cell, cell.cell_contents) for cell in cells if _filled(cell)]
@@ -176,7 +184,8 @@ def reduce_function(pickler: Any, fn: FunctionType) -> Any:
     ):
         if value:
             state[key] = value
-    return make_function, (dump_code(code), _PYTHON, name, token, fn.__name__, cells), state, None, None, fill_function
+    args = (dump_code(code), _PYTHON, home, token, fn.__name__, cells)
+    return make_function, args, state, None, None, fill_function
 
 
 def _filled(cell: CellType) -> bool:
@@ -196,7 +205,9 @@ def _annotations(fn: FunctionType) -> dict[str, Any] | None:
 
 def dump_code(code: CodeType) -> bytes:
     try:
-        return marshal.dumps(code, 2)  # later versions' bytes depend on reference counts: equal code would differ
+        return marshal.dumps(
+            code, 2
+        )  # later versions' bytes depend on reference counts: equal code would differ
     except ValueError:
         return marshal.dumps(code)
 
@@ -211,14 +222,15 @@ def reduce_cell(pickler: Any, cell: CellType) -> Any:
     return CellType, (), (cell.cell_contents,), None, None, fill_cell
 
 
-# -- receiving --------------------------------------------------------------------------------------------------------
+# -- receiving -----------------------------------------------------------------------------------------------
 
 
 def load_code(data: bytes, python: tuple[int, int]) -> CodeType:
     if tuple(python) != _PYTHON:
         raise PicklingError(
             "a function or class travels by value only between equal Python versions: it comes from "
-            f"{python[0]}.{python[1]}, this process runs {_PYTHON[0]}.{_PYTHON[1]}. Put it into a module, or use an image with that Python."
+            f"{python[0]}.{python[1]}, this process runs {_PYTHON[0]}.{_PYTHON[1]}. Put it into a module, or "
+            "use an image with that Python."
         )
     code = marshal.loads(data)
     assert type(code) is CodeType
@@ -226,7 +238,12 @@ def load_code(data: bytes, python: tuple[int, int]) -> CodeType:
 
 
 def make_function(
-    data: bytes, python: tuple[int, int], module: str, token: str | None, name: str, cells: tuple[CellType, ...]
+    data: bytes,
+    python: tuple[int, int],
+    module: str,
+    token: str | None,
+    name: str,
+    cells: tuple[CellType, ...],
 ) -> FunctionType:
     return FunctionType(load_code(data, python), _namespace(module, token), name, None, cells or None)
 

@@ -1,11 +1,15 @@
-"""Identity across processes, for what travels by value: the process that defines a class mints a token for it, and every
-process keeps token and object both ways. What comes back is the very object that left.
+"""Identity across processes, for what travels by value: the process that defines a class mints a token for
+it, and every process keeps token and object both ways. What comes back is the very object that left.
 """
+
 from __future__ import annotations
 
 import os
 import weakref
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _tokens: dict[int, tuple[weakref.ref[Any], str, bool]] = {}  # id -> (object, token, whether minted here)
 _objects: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -33,7 +37,8 @@ def find(token: str) -> Any:
 
 
 def adopt(obj: Any, token: str) -> Any:
-    """Name `obj`, made from what another process sent; gives the object that has the name already, if one has."""
+    """Name `obj`, made from what another process sent; gives the object that has the name already, if one
+    has."""
     known = _objects.get(token)
     if known is not None:
         return known

@@ -1,22 +1,27 @@
 """The whole pickler: C pickle, protocol 5, and ours for what must travel by value.
 
-    obj ──► Pickler (C) ──► stream of bytes          what `reducer_override` sees, by type:
-                 │              + buffers              functions, classes      by name, else _functions, _classes
-                 │                                     arrays, views, cells ... _reducers
-                 │                                     everything else         pickle's own way
+    obj ──► Pickler (C) ──► stream of bytes        what `reducer_override` sees, by type:
+                 │              + buffers            functions, classes       by name, or by value
+                 │                                   arrays, views, cells ... _reducers
+                 │                                   everything else          pickle's own way
                  └─ refused? once more, with dill for what pickle refuses
                         └─ again? _diagnose finds the path to the culprit, for the message
 
-Rule: whatever user code raises while it is being pickled comes out as `PicklingError`, but for `KeyboardInterrupt`.
+Rule: whatever user code raises while it is being pickled comes out as `PicklingError`, but for
+`KeyboardInterrupt`.
 """
+
 from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
 
 from . import _reducers
 from ._fast import PROTOCOL, Buffer, PicklingError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 IN_BAND = 16 * 1024  # bytes: below this a copy costs less than one more entry in the frame
 
@@ -48,8 +53,10 @@ class FallbackPickler(Pickler):
     """The second attempt: what pickle refuses, dill may know."""
 
     def reducer_override(self, obj: Any) -> Any:
+        from ._fallback import reduce_with_dill
+
         reduced = Pickler.reducer_override(self, obj)
-        return _reducers.reduce_with_dill(obj) if reduced is NotImplemented else reduced
+        return reduce_with_dill(obj) if reduced is NotImplemented else reduced
 
 
 def _collector(buffers: list[Buffer]) -> Any:
@@ -84,7 +91,9 @@ def _second_attempt(root: Any, what: str, in_band: bool, error: BaseException) -
         buffers: list[Buffer] = []
         file = io.BytesIO()
         try:
-            FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
+            FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(
+                root
+            )
         except KeyboardInterrupt:
             raise
         except BaseException:

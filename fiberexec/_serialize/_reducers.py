@@ -1,4 +1,6 @@
-"""How each kind of value travels that pickle alone refuses, sends by a name that means nothing elsewhere, or copies."""
+"""How each kind of value travels that pickle alone refuses, sends by a name that means nothing elsewhere,
+or copies."""
+
 from __future__ import annotations
 
 import functools
@@ -7,7 +9,6 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from ._byname import by_name, module_by_name
 from ._classes import reduce_class
@@ -15,15 +16,19 @@ from ._fast import PROTOCOL
 from ._functions import reduce_cell, reduce_code, reduce_function
 from ._identity import adopt, find, is_own, token_of
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 IN_BAND_ARRAY = 16 * 1024
 
 
-# -- Python's own kinds -----------------------------------------------------------------------------------------------
+# -- Python's own kinds --------------------------------------------------------------------------------------
 
 
 def _reduce_method(pickler: Any, method: types.MethodType) -> Any:
     fn, owner = method.__func__, method.__self__
-    name = getattr(fn, "__name__", None)
+    name: Any = getattr(fn, "__name__", None)
     for cls in owner.__mro__ if isinstance(owner, type) else type(owner).__mro__:
         held = cls.__dict__.get(name)
         if held is not None:
@@ -35,7 +40,7 @@ def _reduce_method(pickler: Any, method: types.MethodType) -> Any:
 
 def _reduce_module(pickler: Any, module: types.ModuleType) -> Any:
     name = module.__name__
-    if module_by_name(name) is module or sys.modules.get(name) is module and name == "__main__":
+    if module_by_name(name) is module or (sys.modules.get(name) is module and name == "__main__"):
         return import_module, (name,)
     spec = getattr(module, "__spec__", None)
     if spec is not None and sys.modules.get(name) is module:
@@ -138,13 +143,25 @@ def _reduce_type_alias(kind: str) -> Callable[[Any, Any], Any]:
             for key in ("bound", "covariant", "contravariant", "infer_variance")
             if kind != "TypeVarTuple" and getattr(obj, f"__{key}__", None)
         }
-        return make_type_var, (token_of(obj), kind, obj.__module__, obj.__name__, getattr(obj, "__constraints__", ()), options)
+        return make_type_var, (
+            token_of(obj),
+            kind,
+            obj.__module__,
+            obj.__name__,
+            getattr(obj, "__constraints__", ()),
+            options,
+        )
 
     return reduce
 
 
 def make_type_var(
-    token: str, kind: str, module: str | None, name: str, constraints: tuple[Any, ...], options: dict[str, Any]
+    token: str,
+    kind: str,
+    module: str | None,
+    name: str,
+    constraints: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> Any:
     known = find(token)
     if known is not None:
@@ -162,7 +179,8 @@ def make_new_type(token: str, module: str, qualname: str, supertype: Any) -> Any
         return known
     import typing
 
-    made: Any = typing.NewType(qualname, supertype)
+    new_type: Any = typing.NewType
+    made = new_type(qualname, supertype)
     made.__module__ = module
     return adopt(made, token)
 
@@ -179,7 +197,7 @@ def _reduce_dataclass_mark(pickler: Any, obj: Any) -> Any:
     return NotImplemented
 
 
-# -- numpy ------------------------------------------------------------------------------------------------------------
+# -- numpy ---------------------------------------------------------------------------------------------------
 
 
 class _Unlocked:
@@ -217,7 +235,7 @@ def _reduce_array(pickler: Any, array: Any) -> Any:
     return reduced
 
 
-# -- by kind ----------------------------------------------------------------------------------------------------------
+# -- by kind -------------------------------------------------------------------------------------------------
 
 REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     types.FunctionType: reduce_function,
@@ -238,7 +256,8 @@ REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def reduce_other(pickler: Any, obj: Any) -> Any:
-    """For what `REDUCERS` does not list and is no ordinary instance: classes of a metaclass, instances of one's class."""
+    """For what `REDUCERS` does not list and is no ordinary instance: classes of a metaclass, instances of
+    one's class."""
     kind = type(obj)
     if issubclass(kind, type):
         return reduce_class(pickler, obj)
@@ -262,37 +281,3 @@ def learn(kind: type) -> bool:
     else:
         return False
     return True
-
-
-# -- dill -------------------------------------------------------------------------------------------------------------
-
-_NEVER_BY_DILL = frozenset(
-    "lock RLock socket SSLSocket SSLContext generator coroutine async_generator frame traceback PyCapsule mmap Context "
-    "local _local Thread Process Popen Connection ContextVar _thread._local staticmethod classmethod".split()
-)
-
-
-def reduce_with_dill(obj: Any) -> Any:
-    """What dill makes of an object that pickle refuses; NotImplemented for what nobody should copy (locks, files)."""
-    kind = type(obj)
-    try:
-        obj.__reduce_ex__(PROTOCOL)
-        return NotImplemented
-    except (TypeError, pickle.PicklingError):
-        pass
-    io = sys.modules["io"]
-    if kind.__name__ in _NEVER_BY_DILL or isinstance(obj, io.IOBase) or any(
-        base.__module__ == "_ctypes" for base in kind.__mro__
-    ):
-        return NotImplemented
-    if kind.__module__ not in ("builtins", "types", "weakref", "_weakref", "functools", "_functools", "collections"):
-        return NotImplemented
-    import dill
-
-    return load_with_dill, (dill.dumps(obj, PROTOCOL, recurse=True),)
-
-
-def load_with_dill(data: bytes) -> Any:
-    import dill
-
-    return dill.loads(data)

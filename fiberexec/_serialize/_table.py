@@ -1,12 +1,16 @@
-"""The functions of tasks: pickled once, sent once per worker, pickled again when what they capture may have changed.
+"""The functions of tasks: pickled once, sent once per worker, pickled again when what they capture may have
+changed.
 
-    lookup(fn) ─► known, by id? ─► still importable there / captures unchanged? ─► its FunctionRef     (the hot path)
+    lookup(fn) ─► known, by id? ─► still importable there / captures unchanged? ─► its FunctionRef     (the
+    hot path)
                       └─ no ─► pickle it ─► content known? that one's FunctionRef : a new one
 
-What a function captures (globals, cells, defaults, through captured functions) is remembered by identity. If all of it is
-atoms, modules, importable or likewise unchanged, the function needs no second look; if something mutable is among it, the
-function is pickled each time and only new content gets a new id. Entries hold no function, class or module.
+What a function captures (globals, cells, defaults, through captured functions) is remembered by identity.
+If all of it is atoms, modules, importable or likewise unchanged, the function needs no second look; if
+something mutable is among it, the function is pickled each time and only new content gets a new id. Entries
+hold no function, class or module.
 """
+
 from __future__ import annotations
 
 import functools
@@ -14,12 +18,15 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from typing import Any
 
 from ._byname import by_name, home_of, module_by_name
 from ._fast import PLAIN, Buffer, PicklingError
 from ._functions import captured_globals
 from ._versions import Versioned, cached_versions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _MOST_CONTENTS = 1024
 _LARGE_KEY = 64 * 1024
@@ -28,8 +35,8 @@ _MISSING = object()
 
 
 class FunctionRef:
-    """A pickled function: ``id`` (int, never reused) names the content, ``data`` and ``buffers`` are for `loads`, ``name``
-    is for messages."""
+    """A pickled function: ``id`` (int, never reused) names the content, ``data`` and ``buffers`` are for
+    `loads`, ``name`` is for messages."""
 
     __slots__ = ("__weakref__", "buffers", "data", "id", "name")
 
@@ -158,7 +165,11 @@ class _Captures:
             self.seen.add(id(one))
             self.classes.append((weakref.ref(one), revision_of(one)))
             for value in list(vars(one).values()):
-                parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (getattr(value, "__func__", value),)
+                parts = (
+                    (value.fget, value.fset, value.fdel)
+                    if isinstance(value, property)
+                    else (getattr(value, "__func__", value),)
+                )
                 for part in parts:
                     if isinstance(part, types.FunctionType) and not self.add_function(part):
                         return False
@@ -176,13 +187,16 @@ class FunctionTable:
     """Driver side: which content a function is, so that each worker receives it once."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _contents and _next_id; _entries is only touched by single operations
+        self._lock = (
+            threading.Lock()
+        )  # guards _contents and _next_id; _entries is only touched by single operations
         self._entries: dict[int, _Entry] = {}
         self._contents: OrderedDict[Any, FunctionRef] = OrderedDict()
         self._next_id = 1
 
     def lookup(self, fn: Any) -> FunctionRef:
-        """The `FunctionRef` of `fn` as it is now. Raises `PicklingError` for a callable that cannot travel."""
+        """The `FunctionRef` of `fn` as it is now. Raises `PicklingError` for a callable that cannot
+        travel."""
         entry = self._entries.get(id(fn))
         if entry is not None and entry.owner() is fn and entry.holds(fn):
             return entry.ref

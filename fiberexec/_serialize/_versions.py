@@ -1,8 +1,10 @@
-"""Modules edited and reloaded between calls: a task function carries digests of the user's code that it reaches, by module.
+"""Modules edited and reloaded between calls: a task function carries digests of the user's code that it
+reaches, by module.
 
-A worker that loaded another version of one of those modules reloads it once, if its file changed since the worker began.
-The standard library and installed packages are taken as they are.
+A worker that loaded another version of one of those modules reloads it once, if its file changed since the
+worker began. The standard library and installed packages are taken as they are.
 """
+
 from __future__ import annotations
 
 import functools
@@ -11,13 +13,18 @@ import sys
 import time
 import types
 import weakref
-from typing import Any
 
 from ._byname import by_name, module_by_name
 from ._fast import PLAIN
 from ._functions import references
 
-Versions = tuple[tuple[str, tuple[str, ...], str], ...]  # module, qualified names, digest; what is imported first, first
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+Versions = tuple[
+    tuple[str, tuple[str, ...], str], ...
+]  # module, qualified names, digest; what is imported first, first
 
 _BEGAN = time.time()
 _MOST = 2000  # functions and classes looked at for one task function
@@ -40,7 +47,11 @@ def user_module(name: Any) -> types.ModuleType | None:
     known = _user_modules.get(name)
     if known is None or known[0] != file:
         real = os.path.realpath(file) if type(file) is str else ""
-        own = real.endswith(".py") and not real.startswith(_STDLIB) and not any(part in real for part in _INSTALLED)
+        own = (
+            real.endswith(".py")
+            and not real.startswith(_STDLIB)
+            and not any(part in real for part in _INSTALLED)
+        )
         known = _user_modules[name] = (file, own and not name.startswith("fiberexec."))
     return module if known[1] else None
 
@@ -91,7 +102,11 @@ def _leads(obj: Any) -> list[Any]:
             found.append(cell.cell_contents)
         except ValueError:
             continue
-    return [value for value in found if isinstance(value, (types.FunctionType, type, functools.partial, types.MethodType))]
+    return [
+        value
+        for value in found
+        if isinstance(value, (types.FunctionType, type, functools.partial, types.MethodType))
+    ]
 
 
 def _is_user_class(cls: type) -> bool:
@@ -138,7 +153,8 @@ def _describe(obj: Any, depth: int) -> str:
         return "|".join(
             f"{name}:{_describe(members[name], depth + 1)}"
             for name in sorted(members)
-            if isinstance(members[name], types.FunctionType) or (type(members[name]) in PLAIN and name[:2] != "__")
+            if isinstance(members[name], types.FunctionType)
+            or (type(members[name]) in PLAIN and name[:2] != "__")
         )
     if type(obj) in (tuple, frozenset):
         parts = [_describe(part, depth + 1) for part in obj]
@@ -146,7 +162,7 @@ def _describe(obj: Any, depth: int) -> str:
     return repr(obj) if type(obj) in PLAIN else type(obj).__name__
 
 
-# -- the two ends -----------------------------------------------------------------------------------------------------
+# -- the two ends --------------------------------------------------------------------------------------------
 
 
 class Versioned:
@@ -212,10 +228,15 @@ _cache: dict[int, tuple[weakref.ref[Any], list[tuple[Any, Any]], Versions]] = {}
 
 
 def cached_versions(fn: Any) -> tuple[Versions, list[tuple[Any, Any]]]:
-    """`versions_of`, once per function object and load of the modules; and the modules' specs, which a reload replaces."""
+    """`versions_of`, once per function object and load of the modules; and the modules' specs, which a
+    reload replaces."""
     key = id(fn)
     known = _cache.get(key)
-    if known is not None and known[0]() is fn and all(mod.__dict__.get("__spec__") is spec for mod, spec in known[1]):
+    if (
+        known is not None
+        and known[0]() is fn
+        and all(mod.__dict__.get("__spec__") is spec for mod, spec in known[1])
+    ):
         return known[2], known[1]
     versions, modules = versions_of(fn)
     specs = [(module, module.__spec__) for module in modules]

@@ -1,0 +1,80 @@
+"""fiberexec: a concurrent.futures executor whose workers are processes here or on a cluster.
+
+Importing this package defines names and does nothing else; each is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fiberexec._errors import (
+        BrokenExecutor,
+        ConfigError,
+        FiberError,
+        ForkedError,
+        LaunchError,
+        ResourceError,
+        TaskTimeout,
+        WorkerLost,
+    )
+    from fiberexec._futures import FiberFuture
+    from fiberexec._options import meta
+    from fiberexec._serialize import PicklingError
+    from fiberexec._stats import Stats, WorkerInfo
+    from fiberexec._worker import TaskInfo, current_task
+    from fiberexec.executor import ExecutorView, FiberExecutor
+
+__version__ = "0.1.0"
+_WHERE = {
+    "_errors": (
+        "BrokenExecutor",
+        "ConfigError",
+        "FiberError",
+        "ForkedError",
+        "LaunchError",
+        "ResourceError",
+        "TaskTimeout",
+        "WorkerLost",
+    ),
+    "_futures": ("FiberFuture",),
+    "_options": ("meta",),
+    "_serialize": ("PicklingError",),
+    "_stats": ("Stats", "WorkerInfo"),
+    "_worker": ("TaskInfo", "current_task"),
+    "executor": ("ExecutorView", "FiberExecutor"),
+}
+_HOME = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = [
+    "BrokenExecutor",
+    "ConfigError",
+    "ExecutorView",
+    "FiberError",
+    "FiberExecutor",
+    "FiberFuture",
+    "ForkedError",
+    "LaunchError",
+    "PicklingError",
+    "ResourceError",
+    "Stats",
+    "TaskInfo",
+    "TaskTimeout",
+    "WorkerInfo",
+    "WorkerLost",
+    "current_task",
+    "meta",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"fiberexec.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,158 @@
+"""Where outcomes go: the future of submit(), and the results of one map() in order.
+
+A sink has two methods, called by the manager with no lock held: deliver(task, outcome) and fail(task, error).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fiberexec import _messages as messages
+from fiberexec._serialize import load_exception, loads
+from fiberexec._states import JUDGING, SENT
+
+if TYPE_CHECKING:
+    from fiberexec._manager import Manager
+    from fiberexec._scheduler import Task
+
+T = TypeVar("T")
+Outcome = tuple[int, bytes, "tuple[bytes | bytearray, ...]"]  # status of a record, data, buffers
+
+
+def load_outcome(outcome: Outcome) -> tuple[Any, BaseException | None]:
+    """An outcome as (value, None) or (None, exception). What unpickling raises is the exception."""
+    status, data, buffers = outcome
+    if status == messages.ERROR:
+        return None, load_exception(data)
+    try:
+        return loads(data, buffers), None
+    except BaseException as error:  # the class of a result runs its own code here
+        return None, error
+
+
+class FiberFuture(concurrent.futures.Future[T]):
+    """A ``concurrent.futures.Future`` whose task can be stopped while it is running."""
+
+    _task: Task | None = None
+    _manager: Manager | None = None
+
+    def cancel(self) -> bool:
+        """Cancel the task if it has not been sent to a worker. Returns whether it is cancelled."""
+        task, manager = self._task, self._manager
+        if task is None or manager is None:
+            return super().cancel()
+        manager.cancel([task])
+        return self.cancelled()
+
+    def running(self) -> bool:
+        """Whether the task is with a worker."""
+        task = self._task
+        return task is not None and task.state in (SENT, JUDGING) and not self.done()
+
+    def terminate(self) -> bool:
+        """Stop the task, running or not: it ends in ``CancelledError`` and is never retried.
+
+        A running task gets SIGTERM (its ``finally`` blocks run), and SIGKILL 2 seconds later. The future is done when the
+        task has really ended. Returns False, and does nothing, when the outcome was there already.
+        """
+        task, manager = self._task, self._manager
+        if task is None or manager is None:
+            return super().cancel()
+        return manager.terminate(task)
+
+    # -- the sink
+
+    def deliver(self, task: Task, outcome: Outcome) -> None:
+        value, error = load_outcome(outcome)
+        self.settle(task, value, error)
+
+    def settle(self, task: Task | None, value: Any, error: BaseException | None) -> None:
+        self._task = self._manager = None
+        if error is None:
+            self.set_result(value)
+        else:
+            self.set_exception(error)
+
+    def fail(self, task: Task | None, error: BaseException | None) -> None:
+        """End without a result; no error means: cancelled."""
+        self._task = self._manager = None
+        if error is not None:
+            self.set_exception(error)
+        elif super().cancel():
+            self.set_running_or_notify_cancel()
+
+
+class MapResults:
+    """The results of one map(), stored in segments until the consumer reaches them."""
+
+    def __init__(self) -> None:
+        self._groups: deque[tuple[int, int]] = deque()  # the ids that are to come, in order: first, one past the last
+        self._segments: dict[int, tuple[int, Any]] = {}  # by the first item's id: number of items, Outcome or exception
+        self._arrived = threading.Condition()  # guards _segments and _wanted
+        self._wanted = 0
+
+    def expect(self, first: int, count: int) -> None:
+        """The next ``count`` items have the ids from ``first`` on."""
+        self._groups.append((first, first + count))
+
+    def deliver(self, task: Task, outcome: Outcome) -> None:
+        self.put(task.id + task.start, task.stop - task.start, outcome)
+
+    def settle(self, task: Task, value: Any, error: BaseException | None) -> None:
+        self.put(task.id + task.start, 1, error if error is not None else _Value(value))
+
+    def fail(self, task: Task, error: BaseException | None) -> None:
+        what = error if error is not None else concurrent.futures.CancelledError()
+        self.put(task.id + task.start, task.stop - task.start, what)
+
+    def done(self) -> bool:
+        """Always false: single items of a map() are not stopped by hand."""
+        return False
+
+    def put(self, first: int, count: int, what: Any) -> None:
+        with self._arrived:
+            self._segments[first] = count, what
+            if first == self._wanted:
+                self._arrived.notify()
+
+    def take(self, deadline: float | None) -> tuple[int, Iterator[Any]]:
+        """Wait for the next item: how many are there from it on, and their values. Raises the item's exception."""
+        first, end = self._groups.popleft()
+        with self._arrived:
+            self._wanted = first
+            while first not in self._segments:
+                rest = None if deadline is None else deadline - time.monotonic()
+                if rest is not None and rest <= 0:
+                    raise concurrent.futures.TimeoutError
+                self._arrived.wait(rest)
+            count, what = self._segments.pop(first)
+        if first + count < end:
+            self._groups.appendleft((first + count, end))
+        if isinstance(what, BaseException):
+            try:
+                raise what
+            finally:
+                del what  # no cycle between the exception's traceback and this frame
+        if isinstance(what, _Value):
+            return 1, iter((what.value,))
+        value, error = load_outcome(what)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        return count, iter(value if what[0] == messages.VALUES else (value,))
+
+
+class _Value:
+    """A result that has been unpickled already."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value

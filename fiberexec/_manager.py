@@ -1,0 +1,557 @@
+"""The manager: one thread that owns workers and futures, and the scheduler that it shares with submitting threads.
+
+    submit() ──► Scheduler.handle(Submitted) ──► Send: written by the submitting thread when a worker is idle
+                        ▲        │
+       events of one turn        └── actions of one turn: send, settle, launch, signal, probe, recall
+                        │                    │
+    worker streams, backend events ◄── manager thread ──► futures, callbacks, retry policies (no lock held)
+
+Rules:
+- ``_lock`` guards the scheduler, ``_deferred`` and the order of every outbox. Nothing is sent, unpickled or called under it.
+- Sends may be done by any thread; everything else is done by the manager's thread, woken by a byte in a pipe.
+- A worker's last frames are read before its end is told to the scheduler: what has arrived never runs again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import selectors
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fiberexec import _messages as messages
+from fiberexec import _retry
+from fiberexec._connection import Connection
+from fiberexec._errors import BrokenExecutor, ForkedError, TaskTimeout, WorkerLost
+from fiberexec._futures import load_outcome
+from fiberexec._scheduler import Limits, Scheduler, Task
+from fiberexec._scheduler import events as ev
+from fiberexec._serialize import dump_exception, load_exception
+from fiberexec._stream import ProtocolError, Stream
+from fiberexec.backends import base
+
+_logger = logging.getLogger("fiberexec")
+_RECALL_SETTLES = 0.001  # seconds after which a worker's claim is certain to show
+_READS = 16  # of one stream in one turn
+_managers: weakref.WeakSet[Manager] = weakref.WeakSet()
+_exiting = False
+
+
+class Manager:
+    """See the module's description. ``setup`` is what every worker is told first; see Worker._setup."""
+
+    def __init__(
+        self,
+        backend: base.Backend,
+        limits: Limits,
+        setup: Callable[[], tuple[bytes, list[Any]]],
+        launch_delay: Callable[[int, BaseException], float | None],
+    ) -> None:
+        self.backend = backend
+        self.scheduler = Scheduler(limits)
+        self._setup = setup
+        self._launch_delay = launch_delay
+        self._lock = threading.Lock()
+        self._deferred: deque[Any] = deque()  # actions for the manager's thread
+        self._connections: dict[int, Connection] = {}
+        self._recalls: list[tuple[float, int]] = []
+        self._ask_backend = False  # it has something to say
+        self._watched: set[int] = set()  # the backend's descriptors
+        self._selector: selectors.BaseSelector = selectors.DefaultSelector()
+        self._refused = 0  # launches in a row
+        self._thread: threading.Thread | None = None
+        self._wake_pipe: tuple[int, int] | None = None
+        self._awake = False  # a byte is in the pipe already
+        self._abandoned = False  # nobody can submit any more
+        self._ids = 1
+        self.ended = False
+        self.forked_from = 0  # the parent's pid, in a forked child
+        _managers.add(self)
+
+    # -- called by any thread
+
+    def new_ids(self, count: int) -> int:
+        """Reserve ids for ``count`` items; returns the first."""
+        with self._lock:
+            first = self._ids
+            self._ids += count
+        return first
+
+    def check_open(self) -> None:
+        """Raise what submit() raises for an executor that takes no more tasks."""
+        if self.forked_from:
+            raise ForkedError(
+                f"this executor belongs to process {self.forked_from}; process {os.getpid()} was forked from it and must "
+                "make an executor of its own"
+            )
+        broken = self.scheduler.broken
+        if broken is not None:
+            raise _broken(broken)
+        if self.scheduler.closing or self._abandoned:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if _exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    def submit(self, tasks: list[Task]) -> None:
+        """Take tasks in. What an idle worker can run now is sent by this very thread."""
+        self.check_open()
+        with self._lock:
+            if self.scheduler.closing:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._start()
+            connections = self._handle(ev.Submitted(tasks))
+        self._write(connections)
+
+    def start(self) -> None:
+        """Start the thread, and the workers that are to be there without a task."""
+        self.tell(ev.Tick())
+
+    def cancel(self, tasks: list[Task] | None = None, sink: Any = None) -> None:
+        """Cancel tasks that have not been sent: these, those of a sink, or (neither given) all."""
+        with self._lock:
+            if tasks is None:
+                tasks = [t for t in self.scheduler.queue.waiting() if sink is None or t.sink is sink]
+            actions = self.scheduler.handle(ev.Cancelled(tasks), time.monotonic())
+            mine = [action for action in actions if isinstance(action, ev.Fail)]
+            self._deferred += [action for action in actions if not isinstance(action, ev.Fail)]
+        for action in mine:
+            action.task.sink.fail(action.task, None)
+        self.wake()
+
+    def terminate(self, task: Task) -> bool:
+        """Stop one task; False when its outcome is there."""
+        with self._lock:
+            if task.sink is None or task.sink.done():
+                return False
+            self._handle(ev.Terminated(task))
+        self.wake()
+        return True
+
+    def terminate_all(self) -> None:
+        """Cancel what waits and stop what runs."""
+        self.cancel()
+        with self._lock:
+            for worker in list(self.scheduler.fleet.workers.values()):
+                for unit in list(worker.inflight):
+                    self._handle(ev.Terminated(unit.task))
+        self.wake()
+
+    def tell(self, event: Any) -> None:
+        """Hand an event to the scheduler; its actions are done by the manager's thread."""
+        with self._lock:
+            if not self.ended:
+                self._start()
+                self._handle(event)
+        self.wake()
+
+    def close(self, wait: bool) -> None:
+        """Take no more tasks; end when the last one has its outcome. ``wait``: return when everything is gone."""
+        if self.forked_from:
+            return
+        with self._lock:
+            thread = self._thread
+            if thread is None:
+                self.scheduler.closing = True
+                self.ended = True
+            else:
+                self._handle(ev.Closing())
+        self.wake()
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def abandon(self) -> None:
+        """As close(), for the garbage collector: takes no lock, since it may run anywhere."""
+        self._abandoned = True
+        self.wake()
+
+    def wake(self) -> None:
+        pipe = self._wake_pipe
+        if pipe is not None and not self._awake:
+            self._awake = True
+            try:
+                os.write(pipe[1], b"x")
+            except OSError:
+                pass  # the thread has ended, or is being woken by many
+
+    def snapshot(self) -> tuple[Any, list[tuple[Any, Connection | None]]]:
+        """The scheduler, and every worker's record and connection, for stats() and workers() to read under the lock."""
+        with self._lock:
+            workers = list(self.scheduler.fleet.workers.values())
+            return self.scheduler, [(worker, self._connections.get(worker.id)) for worker in workers]
+
+    def running_task(self, record: Any) -> int | None:
+        """The id of the task that a worker executes now."""
+        cell = self.backend.probe(record.id) if record.inflight else None
+        if cell is None or not cell.running:
+            return None
+        with self._lock:
+            for unit in record.inflight:
+                if unit.number <= cell.running < unit.number + unit.task.stop - unit.task.start:
+                    return int(unit.task.id + unit.task.start + cell.running - unit.number)
+        return None
+
+    # -- under the lock
+
+    def _start(self) -> None:
+        if self._thread is None:
+            pipe = os.pipe()
+            os.set_blocking(pipe[0], False)
+            os.set_blocking(pipe[1], False)
+            self._wake_pipe = pipe
+            self._thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
+            self._thread.start()
+
+    def _handle(self, event: Any) -> list[Connection]:
+        """Let the scheduler take an event. Sends go to the outboxes returned, the rest is deferred."""
+        touched: list[Connection] = []
+        for action in self.scheduler.handle(event, time.monotonic()):
+            if type(action) is ev.Send:
+                connection = self._connections.get(action.worker)
+                if connection is not None:
+                    connection.outbox.append(action)
+                    touched.append(connection)
+            else:
+                self._deferred.append(action)
+        return touched
+
+    # -- writing, by any thread
+
+    def _write(self, connections: Iterable[Connection]) -> None:
+        full = [connection for connection in connections if not connection.write()]
+        if full or self._deferred:
+            for connection in full:
+                connection.waiting = True
+            self.wake()
+
+    # -- the manager's thread
+
+    def _run(self) -> None:
+        assert self._wake_pipe is not None
+        self._selector.register(self._wake_pipe[0], selectors.EVENT_READ, None)
+        try:
+            while not self.scheduler.finished:
+                self._turn()
+        except BaseException as error:  # a defect: say so to everyone who waits instead of leaving them waiting
+            _logger.critical("the manager thread of a FiberExecutor failed", exc_info=True)
+            with self._lock:
+                self._handle(ev.Broken(error))
+            self._act()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self.ended = True
+        self.backend.close()
+        for connection in self._connections.values():
+            connection.stream.close()
+        self._connections.clear()
+        self._selector.close()
+        pipe, self._wake_pipe = self._wake_pipe, None
+        if pipe is not None:
+            os.close(pipe[0])
+            os.close(pipe[1])
+
+    def _turn(self) -> None:
+        """Wait, read everything that is there, let the scheduler decide, act."""
+        events: list[Any] = []
+        for key, mask in self._selector.select(self._timeout()):
+            connection = key.data
+            if isinstance(connection, Connection):
+                if mask & selectors.EVENT_WRITE:
+                    self._watch(connection, not connection.write())
+                if mask & selectors.EVENT_READ:
+                    self._read(connection, events)
+            elif connection is None and self._wake_pipe is not None and key.fd == self._wake_pipe[0]:
+                self._awake = False
+                try:
+                    os.read(key.fd, 4096)
+                except BlockingIOError:
+                    pass
+            else:
+                self._ask_backend = True
+        if self._ask_backend:
+            self._ask_backend = False
+            self._poll_backend(events)
+        now = time.monotonic()
+        while self._recalls and self._recalls[0][0] <= now:
+            worker = heapq.heappop(self._recalls)[1]
+            cell = self.backend.probe(worker)
+            if cell is not None:
+                events.append(ev.RecallDone(worker, cell.claimed))
+        if self._abandoned and not self.scheduler.closing:
+            events.append(ev.Closing())
+        touched: dict[int, Connection] = {}
+        with self._lock:
+            for event in events or (ev.Tick(),):
+                for connection in self._handle(event):
+                    touched[connection.worker] = connection
+        self._write(touched.values())
+        self._act()
+        for connection in list(self._connections.values()):
+            if connection.waiting:
+                self._watch(connection, True)
+
+    def _timeout(self) -> float | None:
+        if self._deferred:
+            return 0
+        due = self.scheduler.wakeup()
+        if self._recalls and (due is None or self._recalls[0][0] < due):
+            due = self._recalls[0][0]
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def _read(self, connection: Connection, events: list[Any]) -> None:
+        """Turn what a worker sent into events; a bounded number of reads, so that nobody is starved."""
+        for _ in range(_READS):
+            try:
+                for kind, body, buffers in connection.read():
+                    self._frame(connection, kind, messages.decode(body), buffers, events)
+            except BlockingIOError:
+                return
+            except (EOFError, OSError, ProtocolError):
+                self._unwatch(connection)
+                self.backend.signal(connection.worker, signal.SIGKILL, True)  # its end will be reported
+                return
+            if not connection.stream.in_bulk:
+                return
+
+    def _frame(self, connection: Connection, kind: int, message: Any, buffers: list[Any], events: list[Any]) -> None:
+        if kind == messages.RESULTS:
+            records = []
+            position = 0
+            for number, count, status, data, taken, seconds in message:
+                outcome: Any = None
+                if status != messages.RECALLED:
+                    outcome = status, data, buffers[position : position + taken] if taken else ()
+                    position += taken
+                records.append((number, count, outcome, seconds))
+            events.append(ev.Replied(connection.worker, records))
+        elif kind == messages.LOG:
+            from fiberexec._output import log_record
+
+            record = log_record(message, connection.worker, connection.pid, connection.host)
+            self._deferred.append(lambda: logging.getLogger(record.name).handle(record))
+        elif kind == messages.READY:
+            version, python, pid, host, error = message
+            mine = "%d.%d" % sys.version_info[:2]
+            reason: BaseException | None = None
+            if (version, python) != (messages.VERSION, mine):
+                reason = RuntimeError(
+                    f"worker {pid} on {host} runs Python {python} and protocol {version}, the driver Python {mine} and "
+                    f"protocol {messages.VERSION}: use the same versions on both sides"
+                )
+            elif error is not None:
+                reason = load_exception(error)
+            connection.pid, connection.host = pid, host
+            events.append(ev.WorkerReady(connection.worker, reason))
+
+    def _poll_backend(self, events: list[Any]) -> None:
+        for event in self.backend.poll():
+            if isinstance(event, base.Started):
+                self._refused = 0
+                event.connection.setblocking(False)
+                connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
+                self._connections[event.worker] = connection
+                self._selector.register(connection.stream, selectors.EVENT_READ, connection)
+                connection.outbox.append((messages.SETUP, *self._setup()))
+                self._watch(connection, not connection.write())
+                events.append(ev.WorkerStarted(event.worker, event.job, event.pool))
+            elif isinstance(event, base.Refused):
+                self._refused += 1
+                delay = None if event.final else self._launch_delay(self._refused, event.error)
+                events.append(ev.WorkerRefused(event.worker, event.error, delay))
+            else:
+                ended = self._connections.get(event.worker)
+                if ended is not None:
+                    self._read_rest(ended, events)
+                events.append(ev.WorkerEnded(event.worker, event.running, event.exit))
+                self._deferred.append(lambda worker=event.worker: self._forget(worker))
+        self._follow_backend()
+
+    def _follow_backend(self) -> None:
+        wanted = set(self.backend.fds())
+        for fd in self._watched - wanted:
+            try:
+                self._selector.unregister(fd)
+            except (KeyError, ValueError):
+                pass
+        for fd in wanted - self._watched:
+            self._selector.register(fd, selectors.EVENT_READ, "backend")
+        self._watched = wanted
+
+    def _read_rest(self, connection: Connection, events: list[Any]) -> None:
+        try:
+            while True:
+                for kind, body, buffers in connection.read():
+                    self._frame(connection, kind, messages.decode(body), buffers, events)
+        except (OSError, EOFError, ProtocolError):
+            pass
+
+    def _forget(self, worker: int) -> None:
+        connection = self._connections.pop(worker, None)
+        if connection is not None:
+            self._unwatch(connection)
+            connection.stream.close()
+
+    def _watch(self, connection: Connection, waiting: bool) -> None:
+        connection.waiting = False
+        try:
+            mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if waiting else 0)
+            self._selector.modify(connection.stream, mask, connection)
+        except (KeyError, ValueError):
+            pass  # it has ended meanwhile
+
+    def _unwatch(self, connection: Connection) -> None:
+        try:
+            self._selector.unregister(connection.stream)
+        except (KeyError, ValueError):
+            pass
+
+    # -- actions
+
+    def _act(self) -> None:
+        while self._deferred:
+            action = self._deferred.popleft()
+            if type(action) is ev.Settle:
+                task = action.task
+                task.sink.deliver(task, action.outcome)
+                task.sink = None
+            elif callable(action):
+                action()
+            else:
+                self._do(action)
+
+    def _do(self, action: Any) -> None:
+        if isinstance(action, ev.Judge):
+            self._judge(action)
+        elif isinstance(action, ev.Fail):
+            task = action.task
+            task.sink.fail(task, None if action.why == ev.CANCELLED else self._error(action))
+            task.sink = None
+        elif isinstance(action, ev.Launch):
+            self.backend.launch(action.workers)
+            self._ask_backend = True
+            self.wake()
+        elif isinstance(action, ev.Signal):
+            self.backend.signal(action.worker, action.number, action.group)
+        elif isinstance(action, ev.Drain):
+            connection = self._connections.get(action.worker)
+            if connection is not None:
+                connection.outbox.append((messages.DRAIN, messages.encode(None), []))
+                self._write([connection])
+        elif isinstance(action, ev.Probe):
+            cell = self.backend.probe(action.worker)
+            if cell is not None:
+                self.tell(ev.Probed(action.worker, cell.running, cell.seconds))
+        elif isinstance(action, ev.Recall):
+            self.backend.recall(action.worker, action.number)
+            heapq.heappush(self._recalls, (time.monotonic() + _RECALL_SETTLES, action.worker))
+        elif isinstance(action, ev.Warn):
+            _logger.warning("%s", action.text)
+
+    def _judge(self, action: ev.Judge) -> None:
+        """Ask the task's retry policy, then settle or say when to try again."""
+        task = action.task
+        value: Any = None
+        error: BaseException | None
+        if action.outcome is None:
+            error = self._error(ev.Fail(task, ev.TIMEOUT))
+        else:
+            value, error = load_outcome(action.outcome)
+        last = None if error is None else dump_exception(error)
+        delay, value, error = _retry.judge(task.retry_state, value, error)
+        sink = task.sink
+        self.tell(ev.Judged(task, delay, last))
+        if delay is None and task.doom is None:
+            sink.settle(task, value, error)
+
+    def _error(self, action: ev.Fail) -> BaseException:
+        task, why, worker, exit = action
+        name = task.profile.name
+        if why == ev.TIMEOUT:
+            limit = task.profile.timeout or 0.0
+            text = f"task {task.id + task.start} ({name}) ran longer than its timeout of {limit:g} s; its worker was stopped"
+            return TaskTimeout(text, task.id + task.start, limit)
+        if why == ev.BROKEN:
+            broken = self.scheduler.broken
+            assert broken is not None
+            return _broken(broken)
+        connection = self._connections.get(worker or 0)
+        host, pid = (connection.host, connection.pid) if connection is not None else (self.backend.host, 0)
+        return _lost(task, exit or base.Exit(), host, pid)
+
+    # -- fork
+
+    def forked(self, parent: int) -> None:
+        """In a forked child: let go of what is the parent's, and end the futures that can never be done here."""
+        self.forked_from = parent
+        self._lock = threading.Lock()
+        self._thread = None
+        self.ended = True
+        self.backend.forked()
+        for connection in self._connections.values():
+            connection.stream.close()
+        pipe, self._wake_pipe = self._wake_pipe, None
+        if pipe is not None:
+            os.close(pipe[0])
+            os.close(pipe[1])
+        self._selector.close()
+
+
+def _broken(reason: BaseException) -> BrokenExecutor:
+    if isinstance(reason, BrokenExecutor):
+        error = BrokenExecutor(*reason.args)
+    else:
+        error = BrokenExecutor(f"the executor cannot go on: {reason!r}")
+    error.__cause__ = reason
+    return error
+
+
+def _lost(task: Task, exit: base.Exit, host: str, pid: int) -> WorkerLost:
+    if exit.code is not None and exit.code < 0:
+        try:
+            how = f"was killed by {signal.Signals(-exit.code).name}"
+        except ValueError:
+            how = f"was killed by signal {-exit.code}"
+    else:
+        how = "ended" if exit.code is None else f"exited with code {exit.code}"
+    if exit.reason:
+        how += f" ({exit.reason})"
+    losses = task.infra if exit.infrastructure else task.losses
+    identity = task.id + task.start
+    text = (
+        f"task {identity} ({task.profile.name}) lost {losses} worker{'s' * (losses > 1)} while it was executing; the last "
+        f"one, pid {pid} on {host}, {how}"
+    )
+    if exit.log.strip():
+        text += f". Its last words:\n{exit.log.strip()}"
+    return WorkerLost(
+        text, task_id=identity, host=host, pid=pid, exitcode=exit.code, reason=exit.reason, log=exit.log, losses=losses
+    )
+
+
+def _at_exit() -> None:
+    """Let every executor finish what it was given, as the standard's do when the interpreter ends."""
+    global _exiting
+    _exiting = True
+    for manager in list(_managers):
+        manager.close(wait=True)
+
+
+def _in_child() -> None:
+    parent = os.getppid()
+    for manager in list(_managers):
+        if not manager.forked_from:
+            manager.forked(parent)
+
+
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_in_child)

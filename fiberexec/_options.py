@@ -1,0 +1,128 @@
+"""The options of a task, checked: what ``FiberExecutor.options()`` takes, and ``@meta``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from fiberexec import _retry
+from fiberexec._errors import ConfigError, ResourceError
+from fiberexec._scheduler import Profile
+from fiberexec.backends.base import Pool, Resources
+
+F = TypeVar("F", bound=Callable[..., Any])
+_KEPT = 4096  # profiles
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """See FiberExecutor.options()."""
+
+    timeout: float | None = None
+    retry: Any = None
+    priority: int = 0
+    cpu: float | None = None
+    memory: int | None = None  # bytes
+    gpu: int | None = None
+    max_worker_losses: int = 3
+
+    def changed(self, changes: dict[str, Any]) -> TaskOptions:
+        """A checked copy with some values changed. Raises ConfigError."""
+        if "timeout" in changes:
+            check_seconds("timeout", changes["timeout"], none=True)
+        if "retry" in changes:
+            _retry.check(changes["retry"])
+        for name, least in (("priority", None), ("gpu", 0), ("max_worker_losses", 1)):
+            if name in changes and not (name == "gpu" and changes[name] is None):
+                check_int(name, changes[name], least)
+        changes = {**changes, **sizes(changes)}
+        return replace(self, **changes)
+
+
+def check_int(name: str, value: Any, least: int | None) -> None:
+    """Raise ConfigError unless value is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an int, got {value!r}")
+    if least is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def check_seconds(name: str, value: Any, *, none: bool = False) -> None:
+    """Raise ConfigError unless value is a positive, finite number of seconds (or None, if that is allowed)."""
+    if value is None and none:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number of seconds{' or None' if none else ''}, got {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")
+
+
+def sizes(given: dict[str, Any]) -> dict[str, Any]:
+    """cpu in cores and memory in bytes, from what a user may write; names that are absent stay so."""
+    from fiberexec._config import parse_cpu, parse_memory
+
+    found: dict[str, Any] = {}
+    if "cpu" in given:
+        found["cpu"] = None if given["cpu"] is None else parse_cpu(given["cpu"])
+    if "memory" in given:
+        found["memory"] = None if given["memory"] is None else parse_memory(given["memory"])
+    return found
+
+
+def meta(*, cpu: float | str | None = None, memory: int | str | None = None, gpu: int | None = None) -> Callable[[F], F]:
+    """Give a function the resources that each of its tasks needs; they travel with it.
+
+    ``cpu`` is in cores (2, 0.5 or "500m"), ``memory`` in MiB or as a string such as "4Gi", ``gpu`` in devices. Options of
+    the executor come first. Raises ConfigError for values that make no sense.
+    """
+    if gpu is not None:
+        check_int("gpu", gpu, 0)
+    found = sizes({"cpu": cpu, "memory": memory})
+    resources = (found["cpu"], found["memory"], gpu)
+
+    def mark(function: F) -> F:
+        function.__fiberexec_meta__ = resources  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class Profiles:
+    """The scheduler's profiles of one set of options, by function."""
+
+    def __init__(self, options: TaskOptions, largest: Pool) -> None:
+        self.options = options
+        self._largest = largest
+        self._profiles: dict[int, Profile] = {}
+
+    def of(self, function: Callable[..., Any], identity: int, name: str) -> Profile:
+        """The profile of a function. Raises ResourceError if its tasks can never fit."""
+        profile = self._profiles.get(identity)
+        if profile is None:
+            options = self.options
+            if len(self._profiles) >= _KEPT:
+                self._profiles.clear()  # costs a measurement, no more
+            profile = self._profiles[identity] = Profile(
+                name,
+                priority=options.priority,
+                demand=self._demand(function, name),
+                timeout=options.timeout,
+                retry=options.retry,
+                max_losses=options.max_worker_losses,
+            )
+        return profile
+
+    def _demand(self, function: Callable[..., Any], name: str) -> Resources | None:
+        options = self.options
+        cpu, memory, gpu = getattr(function, "__fiberexec_meta__", (None, None, None))
+        demand = Resources(
+            (cpu or 0.0) if options.cpu is None else options.cpu,
+            (memory or 0) if options.memory is None else options.memory,
+            (gpu or 0) if options.gpu is None else options.gpu,
+        )
+        has = self._largest.capacity
+        if demand.cpu > has.cpu or demand.memory > has.memory or demand.gpu > has.gpu:
+            raise ResourceError(f"task {name} asks for {demand}, but pool {self._largest.name!r} has no more than {has}")
+        return demand if any(demand) else None

@@ -1,0 +1,82 @@
+"""What a task prints and logs, on its way out of the worker. Loaded only when a worker needs it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class _Prefixed(io.TextIOBase):
+    """A text stream that writes whole lines, each with the worker and the task in front."""
+
+    def __init__(self, target: Any, task_id: Callable[[], int]) -> None:
+        self._target = target
+        self._task_id = task_id
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        if lines:
+            prefix = f"[worker {os.getpid()} task {self._task_id()}] "
+            self._target.write("".join(f"{prefix}{line}\n" for line in lines))
+            self._target.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self._target.flush()
+
+    def fileno(self) -> int:
+        return int(self._target.fileno())
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._target.encoding)
+
+
+def prefix_output(task_id: Callable[[], int]) -> None:
+    """Let every line that Python code of this process prints begin with the worker's pid and the task's id."""
+    sys.stdout = _Prefixed(sys.stdout, task_id)
+    sys.stderr = _Prefixed(sys.stderr, task_id)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, send: Callable[[tuple[Any, ...]], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.exc_text
+            if record.exc_info and not text:
+                text = logging.Formatter().formatException(record.exc_info)
+            where = (record.pathname, record.lineno, record.funcName)
+            self._send((record.name, record.levelno, record.getMessage(), *where, text, record.created))
+        except Exception:
+            self.handleError(record)
+
+
+def forward_logging(level: int, send: Callable[[tuple[Any, ...]], None]) -> None:
+    """Send what this process logs at ``level`` and above to the driver, as tuples of plain values."""
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.addHandler(_Forward(send))
+
+
+def log_record(message: tuple[Any, ...], worker: int, pid: int, host: str) -> logging.LogRecord:
+    """The driver's copy of a worker's record; ``worker``, ``task`` and ``host`` are attributes of it."""
+    task, name, level, text, path, line, function, exception, created = message
+    origin = f"worker {pid}@{host}" + (f" task {task}" if task else "")
+    record = logging.LogRecord(name, level, path, line, f"[{origin}] {text}", None, None, function)
+    record.exc_text = exception
+    record.created = created
+    record.process = pid
+    record.processName = origin
+    record.worker, record.task, record.host = worker, task, host
+    return record

@@ -1,0 +1,154 @@
+"""Everything that depends on the operating system, each with a portable alternative.
+
+Set FIBEREXEC_PORTABLE=1 to force the alternatives (the tests do, on Linux).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import sys
+import tempfile
+
+LINUX = sys.platform == "linux" and not os.environ.get("FIBEREXEC_PORTABLE")
+
+# -- memory shared between a worker and whoever reaps it
+
+CELL_WORDS = 4  # words of 8 bytes in a cell: see RUNNING ... in _worker
+_CELL_BYTES = 8 * CELL_WORDS
+
+
+def make_cells(count: int) -> int:
+    """A descriptor of zeroed memory for ``count`` cells, without a name in any file system."""
+    if LINUX:
+        fd = os.memfd_create("fiberexec-cells", os.MFD_CLOEXEC)
+    else:
+        fd, name = tempfile.mkstemp(prefix="fiberexec-cells-")
+        os.unlink(name)
+    os.ftruncate(fd, max(count * _CELL_BYTES, mmap.PAGESIZE))
+    return fd
+
+
+def map_cells(fd: int) -> memoryview:
+    """All cells behind ``fd`` as one view of unsigned 64-bit words, each written and read at once."""
+    return memoryview(mmap.mmap(fd, os.fstat(fd).st_size)).cast("Q")
+
+
+# -- dying together
+
+
+def tie_group_to(fd: int) -> None:
+    """Let the kernel kill this process' group when the last writer of the pipe ``fd`` has gone.
+
+    It works whatever the group is doing. Elsewhere than on Linux the fork server does it when it hears of the end.
+    """
+    if not LINUX:
+        return
+    import fcntl
+
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a description of its own: ownership is kept there
+    fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(own, 10, 9)  # F_SETSIG, SIGKILL
+    fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies, so that they can be found and ended."""
+    if not LINUX:
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def children(pid: int) -> list[int]:
+    """The ids of the direct children of ``pid``; empty where the system does not tell."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass
+    return found
+
+
+def memory_kills() -> int:
+    """How many processes the kernel has killed for want of memory; 0 where it does not tell."""
+    try:
+        with open("/proc/vmstat") as file:
+            for line in file:
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+# -- what this machine has
+
+
+def cpu_count() -> int:
+    """The CPUs that this process may use: affinity and cgroup quota counted, at least 1."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:
+        count = os.cpu_count() or 1
+    return max(1, min(count, int(_cpu_quota() or count)))
+
+
+def _cpu_quota() -> float | None:
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            with open(quota_file) as file:
+                words = file.read().split()
+            if period_file:
+                with open(period_file) as file:
+                    words += file.read().split()
+            quota, period = words[:2]
+            if quota not in ("max", "-1"):
+                return int(quota) / int(period)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def memory_total() -> int:
+    """Bytes of memory that this process may use: the machine's, or its cgroup's limit if that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(name) as file:
+                total = min(total, int(file.read()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def gpu_devices() -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
+    try:
+        return tuple(str(i) for i in range(len(os.listdir("/proc/driver/nvidia/gpus"))))
+    except OSError:
+        return ()
+
+
+def memory_of(pid: int) -> int:
+    """Resident bytes of a process; 0 where the system does not tell or the process has gone."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def host_name() -> str:
+    """The name of this host."""
+    return socket.gethostname()

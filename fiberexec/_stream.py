@@ -1,0 +1,185 @@
+"""Framed messages over a connected stream socket.
+
+One frame on the wire:
+
+    magic 'FX\\x01' | kind u8 | buffers u32 | body length u32 | crc of table and body u32 | crc of these 16 bytes u32
+    table: one u64 a buffer, length * 2 + (1 if it arrives as bytes, 0 if as a writable bytearray)
+    body
+    the buffers' bytes
+
+Rules: lengths are believed only after the header's checksum has been verified, so garbage can neither make the reader
+wait for bytes that never come nor allocate memory. Buffers are bulk data that nothing interprets here; they are not
+summed, and never copied when sent. A frame is either delivered whole and verified, or ProtocolError ends the stream.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections import deque
+from zlib import crc32
+
+Buffer = bytes | bytearray | memoryview
+Frame = tuple[int, bytes, "list[bytes | bytearray]"]  # kind, body, buffers
+_Partial = tuple[int, bytes, "list[int]", "list[bytearray]"]  # a frame that still lacks buffers: kind, body, table, buffers
+
+MAGIC = b"FX\x01"
+_HEADER = struct.Struct("<3sBIII")
+_CRC = struct.Struct("<I")
+HEADER_SIZE = _HEADER.size + _CRC.size
+MAX_BUFFERS = 1 << 20
+MAX_LENGTH = 1 << 40
+_READ = 1 << 18
+_IOV = 512  # below every platform's IOV_MAX
+_DIRECT = 1 << 16  # a buffer of at least this size is read straight into its own memory
+
+
+class ProtocolError(ConnectionError):
+    """What arrived is not a frame of this protocol: the peer is another program, or bytes were damaged on the way."""
+
+
+def pack(kind: int, body: bytes, buffers: list[Buffer] | tuple[Buffer, ...] = ()) -> list[Buffer]:
+    """The pieces of one frame, in the order in which they are sent."""
+    if buffers:
+        views = [b if type(b) is bytes else memoryview(b).cast("B") for b in buffers]
+        body_and_table = struct.pack(f"<{len(views)}Q", *(len(v) * 2 + (type(v) is bytes) for v in views)) + body
+    else:
+        views = []
+        body_and_table = body
+    head = _HEADER.pack(MAGIC, kind, len(views), len(body), crc32(body_and_table))
+    return [head + _CRC.pack(crc32(head)) + body_and_table, *views]
+
+
+class Stream:
+    """Both ends of the wire. The worker's end blocks; the driver's never does (``setblocking(False)``)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._data = bytearray()  # received, not yet parsed
+        self._partial: _Partial | None = None
+        self._target: memoryview | None = None  # the rest of the large buffer that is being read
+        self._out: deque[Buffer] = deque()  # packed, not yet sent
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def in_bulk(self) -> bool:
+        """Whether a large buffer is being read."""
+        return self._target is not None
+
+    def close(self) -> None:
+        self._sock.close()
+        self._out.clear()
+
+    # -- sending
+
+    def send(self, kind: int, body: bytes, buffers: list[Buffer] | tuple[Buffer, ...] = ()) -> None:
+        """Send one frame and return when the kernel has all of it (blocking sockets)."""
+        pieces = pack(kind, body, buffers)
+        if len(pieces) == 1:
+            self._sock.sendall(pieces[0])
+        else:
+            self._out.extend(pieces)
+            while not self.flush():
+                pass
+
+    def queue(self, kind: int, body: bytes, buffers: list[Buffer] | tuple[Buffer, ...] = ()) -> None:
+        """Add one frame to what flush() sends."""
+        self._out.extend(pack(kind, body, buffers))
+
+    def flush(self) -> bool:
+        """Send what the kernel takes now. True when nothing is left. Raises OSError when the peer has gone."""
+        out = self._out
+        while out:
+            pieces = [out[i] for i in range(min(len(out), _IOV))] if len(out) > 1 else [out[0]]
+            try:
+                sent = self._sock.sendmsg(pieces)
+            except (BlockingIOError, InterruptedError):
+                return False
+            while sent:
+                size = len(out[0])
+                if sent < size:
+                    out[0] = memoryview(out[0])[sent:]
+                    break
+                sent -= size
+                out.popleft()
+            while out and not len(out[0]):
+                out.popleft()
+        return True
+
+    # -- receiving
+
+    def receive(self) -> list[Frame]:
+        """One read, and the frames that it completes (perhaps none). Raises EOFError when the peer has closed."""
+        self._read(0)
+        return list(iter(self._parse, None))
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that ``data``, read by somebody else, completes."""
+        self._data += data
+        return list(iter(self._parse, None))
+
+    def receive_one(self) -> Frame:
+        """Block until one frame is there (blocking sockets)."""
+        while (frame := self._parse()) is None:
+            self._read(socket.MSG_WAITALL)
+        return frame
+
+    def _read(self, flags: int) -> None:
+        if self._target is not None:
+            got = self._sock.recv_into(self._target, 0, flags)
+            self._target = self._target[got:] if got < len(self._target) else None
+        else:
+            data = self._sock.recv(_READ)
+            got = len(data)
+            self._data += data
+        if not got:
+            raise EOFError("the stream ended inside a frame" if self._data or self._partial else "the peer has closed")
+
+    def _parse(self) -> Frame | None:
+        if self._partial is None:
+            self._partial = self._parse_head()
+        if self._partial is None or self._target is not None:
+            return None
+        kind, body, table, buffers = self._partial
+        data = self._data
+        while len(buffers) < len(table):
+            size = table[len(buffers)] >> 1
+            if len(data) >= size:
+                buffers.append(data[:size])
+                del data[:size]
+            elif size >= _DIRECT:
+                whole = bytearray(size)
+                whole[: len(data)] = data
+                buffers.append(whole)
+                self._target = memoryview(whole)[len(data) :]
+                data.clear()
+                return None
+            else:
+                return None
+        self._partial = None
+        return kind, body, [bytes(b) if size & 1 else b for b, size in zip(buffers, table, strict=True)]
+
+    def _parse_head(self) -> _Partial | None:
+        data = self._data
+        if len(data) < HEADER_SIZE:
+            if not MAGIC.startswith(data[:3]):
+                raise ProtocolError("the stream carries no fiberexec frames")
+            return None
+        magic, kind, count, length, crc = _HEADER.unpack_from(data)
+        if magic != MAGIC or _CRC.unpack_from(data, _HEADER.size)[0] != crc32(data[: _HEADER.size]):
+            raise ProtocolError("the stream carries no fiberexec frames, or a damaged one")
+        if count > MAX_BUFFERS:
+            raise ProtocolError(f"a frame claims {count} buffers")
+        end = HEADER_SIZE + 8 * count + length
+        if len(data) < end:
+            return None
+        content = bytes(memoryview(data)[HEADER_SIZE:end])
+        del data[:end]
+        if crc32(content) != crc:
+            raise ProtocolError("a frame is damaged")
+        table = list(struct.unpack_from(f"<{count}Q", content)) if count else []
+        if table and max(table) >> 1 > MAX_LENGTH:
+            raise ProtocolError("a frame claims a buffer that is too large")
+        return kind, content[8 * count :], table, []

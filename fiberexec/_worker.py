@@ -1,0 +1,366 @@
+"""The worker: one process that receives units of work, runs one item after the other, and replies.
+
+    TASKS frame ─► units ─► items: load arguments, call, dump the result ─► outbox ─► RESULTS frame
+
+Rules:
+- Before each item its number is written to the cell, so whoever reaps this process knows what was executing. The whole
+  attempt is covered: unpickling the arguments, the call, pickling the result.
+- What was claimed is run, what was recalled before it was claimed is not: the cell decides, see _claim().
+- Results leave at the end of a frame, after FLUSH seconds, or when the driver nudges (SIGURG).
+- Nothing is imported here but pickle and what a task needs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from itertools import repeat
+from operator import itemgetter
+from time import monotonic, monotonic_ns
+from types import FrameType, ModuleType
+from _thread import allocate_lock
+
+from fiberexec import _messages as messages
+from fiberexec._serialize import dump_exception, dumps_result, is_plain, loads
+from fiberexec._stream import Buffer, Stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
+
+    Record = tuple[int, int, int, bytes, int, float]
+
+# Words of the cell.
+RUNNING, STARTED, CLAIMED, RECALLED = range(4)  # item's number | monotonic ns | last item claimed | last item recalled
+
+FLUSH = 0.003  # seconds that a result may wait for company
+FLUSH_BYTES = 1 << 20
+SLICE = 256  # items at most, and
+SLICE_SECONDS = 0.001  # seconds about, that run between two looks at the clock
+_second = itemgetter(1)
+
+
+class Stopped(BaseException):
+    """Raised inside a task that is being stopped, so that its ``finally`` blocks run."""
+
+
+class Worker:
+    """See the module's description."""
+
+    def __init__(self, sock: socket.socket, cell: memoryview) -> None:
+        self._stream = Stream(sock)
+        self._cell = cell
+        self._functions: dict[int, tuple[bytes, list[bytes | bytearray]] | Callable[..., Any]] = {}
+        self._outbox: list[tuple[Record, Sequence[Buffer]]] = []
+        self._logs: list[tuple[Any, ...]] = []
+        self._bytes = 0
+        self._flushed = 0.0
+        self._sending = allocate_lock()  # held by the thread that writes to the stream; nobody waits for it
+        self._stopping = False
+        self._logging = False
+        self._log_level = 0
+        self.unit: tuple[Any, ...] | None = None  # the unit that is being run
+
+    # -- life
+
+    def main(self) -> NoReturn:
+        global current
+        current = self
+        code = 1
+        try:
+            signal.signal(signal.SIGTERM, self._stop)
+            signal.signal(signal.SIGURG, self._nudged)
+            signal.siginterrupt(signal.SIGURG, False)
+            sys.modules["__main__"] = ModuleType("__main__")
+            self._serve()
+            self._leave()
+            code = 0
+        except Stopped:
+            code = 128 + signal.SIGTERM
+        except (EOFError, OSError):
+            os.killpg(0, signal.SIGKILL)  # the driver has gone
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except (OSError, ValueError, AttributeError):
+                    pass
+            os._exit(code)
+
+    def _serve(self) -> None:
+        while True:
+            kind, body, buffers = self._stream.receive_one()
+            if kind == messages.TASKS:
+                self._run(messages.decode(body), buffers)
+            elif kind == messages.SETUP:
+                self._setup(messages.decode(body), buffers)
+            elif kind == messages.DRAIN:
+                return
+
+    def _setup(self, setup: dict[str, Any], buffers: list[bytes | bytearray]) -> None:
+        sys.path[:] = setup["path"]
+        sys.argv[:] = setup["argv"]
+        os.environ.update(setup["env"])
+        try:
+            os.chdir(setup["cwd"])
+        except OSError:
+            pass  # it may not exist here
+        self._log_level = setup["log_level"]
+        if setup["prefix"]:
+            from fiberexec._output import prefix_output
+
+            prefix_output(task_id)
+        error = None
+        if setup["initializer"] is not None:
+            try:
+                initializer, initargs = loads(setup["initializer"], buffers)
+                self._hook_logging()
+                initializer(*initargs)
+            except Stopped:
+                raise
+            except BaseException as reason:
+                error = dump_exception(reason)
+        version = "%d.%d" % sys.version_info[:2]
+        ready = (messages.VERSION, version, os.getpid(), socket.gethostname(), error)
+        self._stream.send(messages.READY, messages.encode(ready))
+
+    def _leave(self) -> None:
+        """What a process does when it ends in order: other threads, then functions registered by tasks."""
+        threading = sys.modules.get("threading")
+        if threading is not None:
+            threading._shutdown()
+        import atexit
+
+        atexit._run_exitfuncs()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+        raise Stopped
+
+    # -- running
+
+    def _run(self, message: tuple[Any, ...], buffers: list[bytes | bytearray]) -> None:
+        functions, forget, units = message
+        position = 0
+        for function_id, data, taken in functions:
+            self._functions[function_id] = data, buffers[position : position + taken]
+            position += taken
+        self._flushed = monotonic()
+        for unit in units:
+            taken = unit[8]
+            self.unit = unit
+            self._run_unit(unit, buffers[position : position + taken] if taken else ())
+            position += taken
+        self.unit = None
+        self._cell[RUNNING] = 0
+        for function_id in forget:
+            self._functions.pop(function_id, None)
+        self._flush()
+
+    def _run_unit(self, unit: tuple[Any, ...], buffers: Any) -> None:
+        number, _, _, function_id, start, stop, kind, data, _, extra = unit
+        if extra is not None and "devices" in extra:
+            os.environ["CUDA_VISIBLE_DEVICES"] = extra["devices"]
+        timed = extra is not None and "timed" in extra
+        if kind == messages.CALL:
+            if self._claim(number, 1):
+                self._run_item(number, function_id, lambda: loads(data, buffers), timed)
+        elif kind == messages.COLUMNS and not timed:
+            self._run_columns(number, function_id, loads(data, buffers), start, stop)
+        else:
+            items = loads(data, buffers)
+            for index in range(start, stop):
+                if not self._claim(number, 1, stop - index):
+                    return
+                if kind == messages.ITEMS:
+                    self._run_item(number, function_id, lambda i=index: loads(items[i]), timed)
+                else:
+                    self._run_item(number, function_id, lambda i=index: (tuple(c[i] for c in items), {}), timed)
+                number += 1
+
+    def _claim(self, number: int, size: int, rest: int = 0) -> bool:
+        """Claim items; False, and a record that says so, when they (and the rest of their unit) were recalled before."""
+        cell = self._cell
+        cell[CLAIMED] = number + size - 1
+        if cell[RECALLED] < number:
+            return True
+        cell[CLAIMED] = number - 1
+        self._reply(number, rest or size, messages.RECALLED, b"", (), 0.0)
+        return False
+
+    def _function(self, function_id: int) -> Callable[..., Any]:
+        function = self._functions[function_id]
+        if type(function) is tuple:
+            function = self._functions[function_id] = loads(*function)
+        self._hook_logging()
+        return function  # type: ignore[return-value]
+
+    def _run_item(self, number: int, function_id: int, load: Callable[[], Any], timed: bool) -> None:
+        cell = self._cell
+        started = monotonic()
+        if timed:
+            cell[STARTED] = monotonic_ns()
+        cell[RUNNING] = number
+        buffers: Any = ()
+        try:
+            function = self._functions[function_id]
+            if type(function) is tuple:
+                function = self._function(function_id)
+            args, kwargs = load()
+            value = function(*args, **kwargs)
+            args = kwargs = None
+            data, buffers = dumps_result(value)
+            value = None
+            status = messages.VALUE
+        except BaseException as error:
+            if self._stopping:
+                raise Stopped from None
+            status, data = messages.ERROR, dump_exception(error)
+            args = kwargs = value = None
+        now = monotonic()
+        self._reply(number, 1, status, data, buffers, now - started)
+        if now - self._flushed > FLUSH:
+            self._flush()
+
+    def _run_columns(self, number: int, function_id: int, columns: tuple[list[Any], ...], start: int, stop: int) -> None:
+        """Run plain items at the speed of C: the cell is written by an iterator that advances with the calls.
+
+        A slice is limited by the time measured so far, so that results and recalls are never far from the clock.
+        """
+        cell = self._cell
+        size = 1
+        while start < stop:
+            size = min(size, stop - start)
+            if not self._claim(number, size, stop - start):
+                return
+            began = monotonic()
+            results: list[Any] = []
+            error: BaseException | None = None
+            cell[RUNNING] = number
+            try:
+                function = self._functions[function_id]
+                if type(function) is tuple:
+                    function = self._function(function_id)
+                calls = map(function, *(column[start : start + size] for column in columns))  # type: ignore[arg-type]
+                ticks = map(cell.__setitem__, repeat(RUNNING), range(number, number + size))
+                results.extend(map(_second, zip(ticks, calls)))
+                if len(results) < size:  # map() takes it for its own end
+                    error = StopIteration()
+            except BaseException as reason:
+                if self._stopping:
+                    raise Stopped from None
+                error = reason
+            done = len(results)
+            now = monotonic()
+            self._reply_values(number, results, now - began)
+            if error is not None:
+                cell[RUNNING] = number + done
+                self._reply(number + done, 1, messages.ERROR, dump_exception(error), (), 0.0)
+                done += 1
+                error = None
+            number += done
+            start += done
+            if now - self._flushed > FLUSH:
+                self._flush()
+            size = max(1, min(SLICE, 2 * size, int(SLICE_SECONDS * size / max(now - began, 1e-7))))
+
+    def _reply_values(self, number: int, results: list[Any], seconds: float) -> None:
+        if len(results) > 1 and is_plain(results):
+            self._reply(number, len(results), messages.VALUES, dumps_result(results)[0], (), seconds)
+            return
+        for result in results:  # pickling runs the user's code: each on its own account
+            self._cell[RUNNING] = number
+            try:
+                data, buffers = dumps_result(result)
+                self._reply(number, 1, messages.VALUE, data, buffers, seconds / len(results))
+            except BaseException as error:
+                if self._stopping:
+                    raise Stopped from None
+                self._reply(number, 1, messages.ERROR, dump_exception(error), (), 0.0)
+            number += 1
+
+    # -- replying
+
+    def _reply(self, number: int, size: int, status: int, data: bytes, buffers: Sequence[Buffer], seconds: float) -> None:
+        self._outbox.append(((number, size, status, data, len(buffers), seconds), buffers))
+        self._bytes += len(data)
+        if self._bytes > FLUSH_BYTES or buffers:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what is there. Whoever is sending already, in this or another thread, takes it along."""
+        while (self._outbox or self._logs) and self._sending.acquire(False):
+            try:
+                while self._logs:
+                    self._stream.send(messages.LOG, messages.encode(self._logs.pop(0)))
+                batch = self._outbox[:]
+                if batch:
+                    del self._outbox[: len(batch)]
+                    self._bytes = 0
+                    buffers = [buffer for _, owned in batch for buffer in owned]
+                    self._stream.send(messages.RESULTS, messages.encode([record for record, _ in batch]), buffers)
+                    self._flushed = monotonic()
+            finally:
+                self._sending.release()
+
+    def _nudged(self, number: int, frame: FrameType | None) -> None:
+        self._flush()
+
+    # -- logging
+
+    def _hook_logging(self) -> None:
+        if not self._logging and "logging" in sys.modules:
+            self._logging = True
+            from fiberexec._output import forward_logging
+
+            forward_logging(self._log_level, self._log)
+
+    def _log(self, record: tuple[Any, ...]) -> None:
+        self._logs.append((task_id(), *record))
+        self._flush()
+
+
+current: Worker | None = None  # this process' worker, None in every other process
+
+
+def task_id() -> int:
+    """The id of the task that this process is executing, 0 if none."""
+    worker = current
+    if worker is None or worker.unit is None:
+        return 0
+    return int(worker.unit[1] + worker._cell[RUNNING] - worker.unit[0])
+
+
+class TaskInfo:
+    """What a task can know of itself.
+
+    ``id`` is the same in every attempt, ``attempt`` counts from 1, ``last_exception`` is what ended the attempt before
+    (None in the first, and when the worker was lost).
+    """
+
+    __slots__ = ("id", "attempt", "last_exception")
+
+    def __init__(self, id: int, attempt: int, last_exception: BaseException | None) -> None:
+        self.id = id
+        self.attempt = attempt
+        self.last_exception = last_exception
+
+    def __repr__(self) -> str:
+        return f"TaskInfo(id={self.id}, attempt={self.attempt}, last_exception={self.last_exception!r})"
+
+
+def current_task() -> TaskInfo | None:
+    """The task that is being executed here, or None outside of a task."""
+    worker = current
+    if worker is None or worker.unit is None:
+        return None
+    extra = worker.unit[9]
+    error = None
+    if extra is not None and "error" in extra:
+        from fiberexec._serialize import load_exception
+
+        error = load_exception(extra["error"])
+    return TaskInfo(task_id(), worker.unit[2], error)

@@ -1,0 +1,134 @@
+"""What a backend is: the few things that the manager asks of a place where workers can run.
+
+    manager ── launch(ids) ─► backend ── JobEvent ─► manager        a backend says what happened, and nothing else
+            ── signal(id)  ─►
+
+Rules:
+- Every method returns at once; what it starts is reported later by an event, exactly one Ended for each Started.
+- Ended is a fact: the process does not run any more. What cannot be known is not reported (an API that does not answer
+  ends no job).
+- Events come from poll(), which the manager calls when a descriptor of fds() is readable, or every few seconds.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+
+class Resources(NamedTuple):
+    """An amount of cpu (cores), memory (bytes) and gpu (devices): what there is, or what a task needs."""
+
+    cpu: float = 0.0
+    memory: int = 0
+    gpu: int = 0
+
+    def __str__(self) -> str:
+        return f"cpu={self.cpu:g}, memory={self.memory / 2**20:g} MiB, gpu={self.gpu}"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where resources are counted together: a host, or a job. ``devices`` are its GPUs by name."""
+
+    name: str
+    capacity: Resources
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a worker's process ended.
+
+    ``code`` is the exit code (negative: the signal's number; None: unknown), ``reason`` a word such as "OOMKilled" or
+    "Evicted", ``log`` the last lines of stderr. ``infrastructure`` is true when neither the task nor its worker can have
+    caused it.
+    """
+
+    code: int | None = None
+    reason: str = ""
+    log: str = ""
+    infrastructure: bool = False
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker's process runs. ``connection`` is the driver's end of its stream."""
+
+    worker: int
+    pid: int
+    host: str
+    connection: socket.socket
+    pool: Pool
+    job: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A worker could not be started. ``final`` is true when trying again cannot help."""
+
+    worker: int
+    error: BaseException
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker's process has ended. ``running`` is the item that it was executing (0: none; None: nobody knows)."""
+
+    worker: int
+    exit: Exit = field(default_factory=Exit)
+    running: int | None = None
+
+
+JobEvent = Started | Refused | Ended
+
+
+class Cell(NamedTuple):
+    """What a worker says of itself in shared memory: see _worker."""
+
+    running: int
+    seconds: float  # since the running item started; meaningful for items with a time limit
+    claimed: int
+
+
+class Backend(Protocol):
+    """The contract. Times are in seconds; all methods are called by the manager's thread alone, except ``limits``."""
+
+    name: str  # as in FiberExecutor(backend=...)
+    host: str  # where its workers are, for messages, if that is one place
+    largest: Pool  # the largest pool that a task can be given
+    default_workers: int  # max_workers where the user gives none
+    idle_timeout: float | None  # seconds after which an idle worker goes where the user says nothing; None: never
+
+    def launch(self, workers: Sequence[int]) -> None:
+        """Start one process a worker id. Started or Refused follows for each."""
+
+    def signal(self, worker: int, number: int, group: bool) -> None:
+        """Send a signal to a worker's process, or to its group. One that has ended is left alone."""
+
+    def probe(self, worker: int) -> Cell | None:
+        """What the worker's cell says now; None where it cannot be read (any more)."""
+
+    def recall(self, worker: int, number: int) -> None:
+        """Tell the worker not to start items up to ``number``; what it has claimed shows in probe() 1 ms later."""
+
+    def fds(self) -> Sequence[int]:
+        """Descriptors that become readable when poll() has something to say."""
+
+    def poll(self) -> list[JobEvent]:
+        """What happened since the last call."""
+
+    def close(self) -> None:
+        """End everything that was started, remove everything that was made, and return when that is done."""
+
+    def forked(self) -> None:
+        """Close, in a forked child, what belongs to the parent."""
+
+
+class BackendFactory(Protocol):
+    """What an entry point in the group ``fiberexec.backends`` names: makes a Backend from the executor's settings."""
+
+    def __call__(self, settings: Any, max_workers: int | None) -> Backend: ...

@@ -1,0 +1,274 @@
+"""Workers as processes of this machine: forked by a fork server, each with its stream held by the driver itself."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic, monotonic_ns, sleep
+from typing import Any
+
+from fiberexec import _messages as messages
+from fiberexec import _platform
+from fiberexec._errors import ConfigError
+from fiberexec._stream import Frame, ProtocolError, Stream, pack
+from fiberexec._worker import CLAIMED, RECALLED, RUNNING, STARTED
+from fiberexec.backends.base import Cell, Ended, Exit, JobEvent, Pool, Refused, Resources, Started
+
+MAX_WORKERS = 4096
+_SPARE = 64  # cells for workers that are ending while their successors start
+_CLOSE_TIMEOUT = 5.0  # seconds
+
+
+class _Process:
+    """A worker's process as the backend knows it."""
+
+    def __init__(self, slot: int, connection: socket.socket) -> None:
+        self.slot = slot
+        self.connection: socket.socket | None = connection  # until it is handed over
+        self.pid = 0
+
+
+class LocalBackend:
+    """See base.Backend. ``cpu``, ``memory`` and ``gpu`` of the settings narrow what tasks are promised of the machine."""
+
+    name = "local"
+    idle_timeout: float | None = None
+
+    def __init__(self, settings: Any, max_workers: int | None = None) -> None:
+        if settings.backend_options:
+            raise ConfigError(
+                f"backend 'local' has no options, got backend_options={dict(settings.backend_options)!r}"
+            )
+        self.host = _platform.host_name()
+        self.largest = _machine(settings)
+        self.default_workers = _platform.cpu_count()
+        if max_workers is not None and max_workers > MAX_WORKERS:
+            raise ConfigError(f"max_workers={max_workers}: backend 'local' runs at most {MAX_WORKERS} processes")
+        count = (max_workers or self.default_workers) + _SPARE
+        self._slots = deque(range(count))
+        self._processes: dict[int, _Process] = {}
+        self._server = 0  # the fork server's pid, 0 when there is none
+        self._control: socket.socket | None = None
+        self._stream: Stream | None = None
+        self._lifeline = -1
+        self._cells_fd = -1
+        self._cells = memoryview(b"")
+        self._events: list[JobEvent] = []
+        self._count = count
+
+    # -- the contract
+
+    def launch(self, workers: Sequence[int]) -> None:
+        for worker in workers:
+            try:
+                self._launch(worker)
+            except OSError as error:
+                self._events.append(Refused(worker, error))
+
+    def signal(self, worker: int, number: int, group: bool) -> None:
+        if worker in self._processes:
+            self._tell(messages.SIGNAL, (worker, number, group))
+
+    def probe(self, worker: int) -> Cell | None:
+        process = self._processes.get(worker)
+        if process is None:
+            return None
+        cell = self._cell(process.slot)
+        return Cell(cell[RUNNING], (monotonic_ns() - cell[STARTED]) / 1e9, cell[CLAIMED])
+
+    def recall(self, worker: int, number: int) -> None:
+        process = self._processes.get(worker)
+        if process is not None:
+            self._cell(process.slot)[RECALLED] = number
+            self._tell(messages.SIGNAL, (worker, signal.SIGURG, False))
+
+    def fds(self) -> Sequence[int]:
+        return () if self._control is None else (self._control.fileno(),)
+
+    def poll(self) -> list[JobEvent]:
+        if self._stream is not None:
+            try:
+                for frame in self._stream.receive():
+                    self._handle(frame)
+            except BlockingIOError:
+                pass
+            except (OSError, EOFError, ProtocolError):
+                self._server_gone()
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        server = self._server
+        self._forget_server()
+        if server:
+            self._reap(server)
+
+    def forked(self) -> None:
+        self._server = 0
+        for process in self._processes.values():
+            if process.connection is not None:
+                process.connection.close()
+        self._forget_server()
+
+    # -- the fork server
+
+    def _launch(self, worker: int) -> None:
+        if not self._server:
+            self._start_server()
+        ours, theirs = socket.socketpair()
+        try:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            slot = self._slots.popleft()
+            cell = self._cell(slot)
+            cell[RUNNING] = cell[STARTED] = cell[CLAIMED] = cell[RECALLED] = 0
+            assert self._control is not None
+            frame = b"".join(pack(messages.FORK, messages.encode((worker, slot))))
+            socket.send_fds(self._control, [frame], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._processes[worker] = _Process(slot, ours)
+
+    def _start_server(self) -> None:
+        if not sys.executable:
+            raise OSError(errno.ENOENT, "sys.executable is empty: there is no interpreter to start workers with")
+        opened: list[int] = []
+        try:
+            opened += (end.detach() for end in socket.socketpair())
+            opened += os.pipe()
+            opened.append(_platform.make_cells(self._count))
+            control, remote, alive, lifeline, cells = opened
+            actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+            for number, fd in enumerate((remote, cells, alive), 3):
+                opened.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10))  # so that no copy overwrites another's source
+                actions.append((os.POSIX_SPAWN_DUP2, opened[-1], number))
+            package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+            program = (
+                "import sys; sys.path[:] = [p for p in sys.path if p]; "
+                f"sys.path.insert(0, {package!r}); from fiberexec._forkserver import main; main(3, 4, 5)"
+            )
+            arguments = [sys.executable, *_interpreter_flags(), "-c", program]
+            self._server = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions)
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+        for fd in (remote, alive, *opened[5:]):
+            os.close(fd)
+        self._control = socket.socket(fileno=control)
+        self._control.setblocking(False)
+        self._stream = Stream(self._control)
+        self._lifeline = lifeline
+        self._cells_fd = cells
+        self._cells = _platform.map_cells(cells)
+
+    def _handle(self, frame: Frame) -> None:
+        kind, body, _ = frame
+        message = messages.decode(body)
+        if kind == messages.FORKED:
+            worker, pid = message
+            process = self._processes[worker]
+            process.pid = pid
+            connection, process.connection = process.connection, None
+            assert connection is not None
+            self._events.append(Started(worker, pid, self.host, connection, self.largest, f"local-{pid}"))
+        elif kind == messages.REFUSED:
+            worker, number, text = message
+            process = self._processes.pop(worker)
+            self._slots.append(process.slot)
+            if process.connection is not None:
+                process.connection.close()
+            self._events.append(Refused(worker, OSError(number, text)))
+        elif kind == messages.EXITED:
+            worker, status, log, for_memory = message
+            self._ended(worker, Exit(os.waitstatus_to_exitcode(status), "OOMKilled" if for_memory else "", log))
+
+    def _ended(self, worker: int, exit: Exit) -> None:
+        process = self._processes.pop(worker)
+        if process.connection is not None:
+            process.connection.close()
+        self._events.append(Ended(worker, exit, self._cell(process.slot)[RUNNING]))
+        self._slots.append(process.slot)
+
+    def _server_gone(self) -> None:
+        """The fork server died; the kernel or we end its workers, and the next launch starts another one."""
+        for process in self._processes.values():
+            if process.pid:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except OSError:
+                    pass
+        exit = Exit(None, "the fork server died", infrastructure=True)
+        for worker in list(self._processes):
+            self._ended(worker, exit)
+        self.close()
+
+    def _forget_server(self) -> None:
+        self._server = 0
+        if self._control is not None:
+            self._control.close()
+            os.close(self._lifeline)
+            os.close(self._cells_fd)
+        self._control = self._stream = None
+
+    def _reap(self, pid: int) -> None:
+        deadline = monotonic() + _CLOSE_TIMEOUT
+        pause = 0.0005
+        while True:
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    return
+            except ChildProcessError:  # somebody else waits for every child, or children are ignored
+                return
+            if monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+    def _tell(self, kind: int, message: object) -> None:
+        if self._control is not None:
+            try:
+                self._control.sendall(b"".join(pack(kind, messages.encode(message))))
+            except OSError:
+                pass  # the next poll() sees that it has gone
+
+    def _cell(self, slot: int) -> memoryview:
+        return self._cells[slot * _platform.CELL_WORDS : (slot + 1) * _platform.CELL_WORDS]
+
+
+def _machine(settings: Any) -> Pool:
+    """What this machine has, or the part of it that the settings name."""
+    devices = _platform.gpu_devices()
+    has = Resources(_platform.cpu_count(), _platform.memory_total(), len(devices))
+    asked = Resources(
+        has.cpu if settings.cpu is None else settings.cpu,
+        has.memory if settings.memory is None else settings.memory,
+        has.gpu if settings.gpu is None else settings.gpu,
+    )
+    if asked.cpu > has.cpu or asked.memory > has.memory or asked.gpu > has.gpu:
+        raise ConfigError(f"the executor asks for {asked}, but this machine has {has}")
+    return Pool("local", asked, devices[: asked.gpu])
+
+
+def _interpreter_flags() -> list[str]:
+    """The options that give another interpreter the same mode as this one."""
+    flags = sys.flags
+    found = ["-I"] if flags.isolated else []
+    found += ["-E"] if flags.ignore_environment and not flags.isolated else []
+    found += ["-s"] if flags.no_user_site and not flags.isolated else []
+    found += ["-S"] if flags.no_site else []
+    found += ["-B"] if flags.dont_write_bytecode else []
+    found += ["-" + "O" * flags.optimize] if flags.optimize else []
+    found += ["-" + "b" * flags.bytes_warning] if flags.bytes_warning else []
+    found += [f"-W{option}" for option in sys.warnoptions]
+    found += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
+    return found

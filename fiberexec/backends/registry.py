@@ -1,0 +1,43 @@
+"""Backends by name: the built-in ones, and those that other packages register as entry points ``fiberexec.backends``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fiberexec._errors import ConfigError
+from fiberexec.backends.base import Backend, BackendFactory
+
+GROUP = "fiberexec.backends"
+_BUILT_IN = {"local": "fiberexec.backends.local:LocalBackend"}
+
+
+def names() -> list[str]:
+    """Every backend that can be had here."""
+    from importlib.metadata import entry_points
+
+    return sorted({*_BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))})
+
+
+def create(name: str, settings: Any, max_workers: int | None) -> Backend:
+    """Make the backend of this name. Raises ConfigError for an unknown one, and says which is nearest."""
+    return _factory(name)(settings, max_workers)
+
+
+def _factory(name: str) -> BackendFactory:
+    target = _BUILT_IN.get(name)
+    if target is not None:
+        module, _, attribute = target.partition(":")
+        factory: BackendFactory = getattr(importlib.import_module(module), attribute)
+        return factory
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            loaded: BackendFactory = entry.load()
+            return loaded
+    import difflib
+
+    near = difflib.get_close_matches(name, names(), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"there is no backend {name!r}, only {', '.join(names())}{hint}")

@@ -1,0 +1,378 @@
+"""FiberExecutor: the standard's Executor in front of the manager.
+
+    submit(fn, *args) ─► FunctionTable + dumps_call ─► Payload ─► Task ─► Manager.submit ─► FiberFuture
+    map(fn, *items)   ─► groups of items, one Payload each ─► the same, into one MapResults
+
+Arguments are pickled here, in the caller's thread, before submit() returns: pickling that hangs or kills harms nobody else.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import EllipsisType
+from typing import Any, TypeVar
+
+from fiberexec import _config, _platform, _retry
+from fiberexec import _messages as messages
+from fiberexec._connection import Payload
+from fiberexec._errors import BrokenExecutor, ConfigError
+from fiberexec._futures import FiberFuture
+from fiberexec._manager import Manager
+from fiberexec._map import submit_map
+from fiberexec._options import Profiles, TaskOptions, check_int
+from fiberexec._scheduler import Limits, Task
+from fiberexec._scheduler import events as ev
+from fiberexec._serialize import FunctionTable, dumps, dumps_call
+from fiberexec._stats import Stats, WorkerInfo
+from fiberexec.backends import registry
+from fiberexec.backends.base import Backend
+
+T = TypeVar("T")
+_FIRST_DELAY, _LAST_DELAY = 0.1, 10.0  # seconds between launches that fail, doubled each time
+_unset: Any = object()
+
+
+class _Submitter(concurrent.futures.Executor):
+    """What FiberExecutor and its views have in common: submit() and map() with one set of task options."""
+
+    _manager: Manager
+    _functions: FunctionTable
+    _profiles: Profiles
+    _max_workers: int
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> FiberFuture[T]:  # type: ignore[override]
+        """Schedule ``fn(*args, **kwargs)`` and return its future.
+
+        Arguments are pickled before this returns; what cannot be pickled fails the future, not the call. Raises TypeError
+        for a ``fn`` that cannot be called, RuntimeError after ``shutdown()``, BrokenExecutor, ForkedError in a forked
+        child, and ResourceError for a task that can never fit.
+        """
+        manager = self._manager
+        manager.check_open()
+        if not callable(fn):
+            raise TypeError(f"the first argument of submit() must be callable, got {fn!r}")
+        future: FiberFuture[T] = FiberFuture()
+        try:
+            ref = self._functions.lookup(fn)
+            data, buffers = dumps_call(args, kwargs)
+        except Exception as error:
+            future.set_exception(error)
+            return future
+        profile = self._profiles.of(fn, ref.id, ref.name)
+        task = Task(manager.new_ids(1), profile, Payload(ref, messages.CALL, data, buffers), future)
+        if profile.retry is not None:
+            task.retry_state = _retry.begin(profile.retry, fn, args, kwargs)
+        future._task = task
+        future._manager = manager
+        manager.submit([task])
+        return future
+
+    def map(  # type: ignore[override]
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Return the results of ``fn`` over the items, in order, as ``concurrent.futures.Executor.map`` does.
+
+        ``timeout`` (seconds) limits the whole, from this call on. ``buffersize`` limits how many items are taken from the
+        iterables ahead of the results; without it all are taken at once. ``chunksize`` limits how many items are pickled
+        together; by default that is adapted to what items measure. Whatever the transport, each item is a task of its
+        own: it fails, is retried and is timed alone.
+        """
+        if not callable(fn):
+            raise TypeError(f"the first argument of map() must be callable, got {fn!r}")
+        if chunksize is not None and chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None:
+            if isinstance(buffersize, bool) or not isinstance(buffersize, int):
+                raise TypeError("buffersize must be an integer or None")
+            if buffersize < 1:
+                raise ValueError("buffersize must be None or > 0")
+        self._manager.check_open()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        ref = self._functions.lookup(fn)
+        profile = self._profiles.of(fn, ref.id, ref.name)
+        return submit_map(self._manager, fn, ref, profile, iterables, deadline, chunksize, buffersize)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an executor cannot be sent to another process; make one there, FiberExecutor(backend='local') works in a task"
+        )
+
+
+class FiberExecutor(_Submitter):
+    """An executor whose workers are processes: on this machine, or wherever ``backend`` puts them.
+
+    The positional arguments are those of ``concurrent.futures.ProcessPoolExecutor``:
+
+    - ``max_workers``: workers at most; by default the CPUs that this process may use.
+    - ``mp_context``: accepted for compatibility; checked, and otherwise without effect.
+    - ``initializer``, ``initargs``: called in every worker before its first task; if it raises, the executor is broken.
+    - ``max_tasks_per_child``: tasks after which a worker is replaced.
+
+    The others by name; a setting that is not given comes from ``FIBEREXEC_*``, then ``fiberexec.toml`` or
+    ``[tool.fiberexec]``, then the default:
+
+    - ``backend``: a backend's name ("local"), or an object that is one.
+    - ``image``, ``env``, ``ship``, ``workers_per_job``, ``driver_timeout``, ``backend_options``: for the backend.
+    - ``cpu`` (cores), ``memory`` (MiB, or "4Gi"), ``gpu`` (devices): what one job has, and so what its tasks can be promised;
+      on this machine, by default, all that it has.
+    - ``min_workers``: workers that are there, and stay, without a task.
+    - ``retry``, ``timeout``, ``max_worker_losses``: defaults of the tasks, see ``options()``.
+    - ``idle_timeout``: seconds after which an idle worker goes; None: it stays.
+    - ``startup_timeout``: seconds that a worker may take to become ready.
+    - ``launch_retry``: a ``tenacity.Retrying`` that decides how often, and when, a failed launch is tried again; by default
+      after 0.1 s, doubled up to 10 s, until ``startup_timeout`` is spent.
+
+    Raises ConfigError (a ValueError) or TypeError for arguments that make no sense.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: Any = None,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        backend: str | Backend | None = None,
+        image: str | None = None,
+        cpu: float | str | None = None,
+        memory: int | str | None = None,
+        gpu: int | None = None,
+        min_workers: int | None = None,
+        workers_per_job: int | None = None,
+        retry: Any = None,
+        timeout: float | None = None,
+        max_worker_losses: int | None = None,
+        idle_timeout: float | EllipsisType | None = ...,
+        startup_timeout: float | None = None,
+        driver_timeout: float | None = None,
+        launch_retry: Any = None,
+        ship: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        backend_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check_standard(max_workers, mp_context, initializer, initargs, max_tasks_per_child)
+        named = {
+            "max_workers": max_workers, "min_workers": min_workers, "image": image, "cpu": cpu, "memory": memory, "gpu": gpu,
+            "workers_per_job": workers_per_job, "timeout": timeout, "max_worker_losses": max_worker_losses,
+            "startup_timeout": startup_timeout, "driver_timeout": driver_timeout, "ship": ship, "env": env,
+            "backend_options": backend_options, "backend": backend if isinstance(backend, str) else None,
+        }  # fmt: skip
+        _retry.check(launch_retry)
+        settings = _config.load(idle_timeout=idle_timeout, **named)
+        if backend is None or isinstance(backend, str):
+            backend = registry.create(settings.backend, settings, settings.max_workers)
+        options = TaskOptions(timeout=settings.timeout, max_worker_losses=settings.max_worker_losses)
+        if retry is not None:
+            options = options.changed({"retry": retry})
+        self._max_workers = settings.max_workers or backend.default_workers
+        if settings.min_workers > self._max_workers:
+            raise ConfigError(f"min_workers={settings.min_workers} is more than max_workers={self._max_workers}")
+        limits = Limits(
+            max_workers=self._max_workers,
+            min_workers=settings.min_workers,
+            max_tasks_per_child=max_tasks_per_child,
+            idle_timeout=backend.idle_timeout if settings.idle_timeout is ... else settings.idle_timeout,
+            startup_timeout=settings.startup_timeout,
+        )
+        setup = _Setup(settings, initializer, initargs)
+        delay = _LaunchDelay(launch_retry, settings.startup_timeout)
+        self._functions = FunctionTable()
+        self._profiles = Profiles(options, backend.largest)
+        self._manager = manager = Manager(backend, limits, setup, delay)
+        self._gone = weakref.ref(self, lambda _: manager.abandon())
+        if settings.min_workers:
+            manager.start()
+
+    def options(
+        self,
+        *,
+        timeout: float | None = _unset,
+        retry: Any = _unset,
+        priority: int = _unset,
+        cpu: float | str | None = _unset,
+        memory: int | str | None = _unset,
+        gpu: int | None = _unset,
+        max_worker_losses: int = _unset,
+    ) -> ExecutorView:
+        """A view of this executor, itself an Executor, whose tasks have these options; those not named stay as they are.
+
+        ``timeout``: seconds that one attempt of a task may take, from unpickling its arguments to its result being written.
+        ``retry``: a ``tenacity.Retrying`` that decides about every attempt's outcome; None: no retries. ``priority``: tasks of
+        a higher one are sent first. ``cpu``, ``memory``, ``gpu``: what each task needs; it runs when that is free.
+        ``max_worker_losses``: workers that may die executing a task before it fails with WorkerLost; 1 turns re-running off.
+
+        Raises ConfigError for values that make no sense.
+        """
+        given = dict(timeout=timeout, retry=retry, priority=priority, cpu=cpu, memory=memory, gpu=gpu)
+        given["max_worker_losses"] = max_worker_losses
+        return ExecutorView(self, self._profiles, {name: value for name, value in given.items() if value is not _unset})
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks. ``wait``: return when all have their outcome and no worker is left; otherwise at once.
+
+        ``cancel_futures`` cancels what has not been sent to a worker.
+        """
+        self._manager.close(wait=False)
+        if cancel_futures:
+            self._manager.cancel()
+        if wait:
+            self._manager.close(wait=True)
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> bool | None:
+        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            self._manager.terminate_all()
+        self.shutdown(wait=True)
+        return False
+
+    def terminate_workers(self) -> None:
+        """Send SIGTERM to every worker and shut down: what waits is cancelled, what runs ends in BrokenExecutor."""
+        self._force("terminate_workers", kill=False)
+
+    def kill_workers(self) -> None:
+        """As terminate_workers(), with SIGKILL."""
+        self._force("kill_workers", kill=True)
+
+    def _force(self, name: str, kill: bool) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+        self._manager.tell(ev.Broken(BrokenExecutor(f"the workers were ended by {name}()"), kill))
+
+    def stats(self) -> Stats:
+        """What is happening, in numbers."""
+        scheduler, workers = self._manager.snapshot()
+        return Stats(
+            queued=scheduler.queue.items,
+            running=sum(record.items for record, _ in workers),
+            delayed=scheduler.delayed,
+            done=scheduler.done,
+            retried=scheduler.retried,
+            lost=scheduler.lost,
+            workers=len(workers),
+            idle=len(scheduler.fleet.idle),
+            started=scheduler.started,
+            failed_launches=scheduler.failed_launches,
+        )
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers that are there now."""
+        _, workers = self._manager.snapshot()
+        now = time.monotonic()
+        found = []
+        for record, connection in workers:
+            pid = connection.pid if connection is not None else 0
+            host = connection.host if connection is not None else self._manager.backend.host
+            local = host == _platform.host_name()
+            found.append(
+                WorkerInfo(
+                    id=record.id,
+                    host=host,
+                    pid=pid,
+                    state=record.state,
+                    task=self._manager.running_task(record),
+                    uptime=0.0 if connection is None else now - record.ready_at,
+                    memory=_platform.memory_of(pid) if pid and local else 0,
+                )
+            )
+        return found
+
+
+class ExecutorView(_Submitter):
+    """An executor's tasks with other options; made by ``options()``. It has the executor's workers, and its end."""
+
+    def __init__(self, executor: FiberExecutor, profiles: Profiles, changes: dict[str, Any]) -> None:
+        self._executor = executor
+        self._manager = executor._manager
+        self._functions = executor._functions
+        self._max_workers = executor._max_workers
+        self._profiles = Profiles(profiles.options.changed(changes), executor._manager.backend.largest)
+
+    def options(self, **changes: Any) -> ExecutorView:
+        """A view with these options changed as well; see ``FiberExecutor.options()``."""
+        return ExecutorView(self._executor, self._profiles, changes)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut the whole executor down."""
+        self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> bool | None:
+        return self._executor.__exit__(exc_type, exc_val, exc_tb)
+
+
+class _Setup:
+    """What every new worker is told first."""
+
+    def __init__(self, settings: Any, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+        self._settings = settings
+        self._initializer: tuple[bytes, list[Any]] = (b"", [])
+        self._has_initializer = initializer is not None
+        if initializer is not None:
+            self._initializer = dumps((initializer, initargs))
+
+    def __call__(self) -> tuple[bytes, list[Any]]:
+        data, buffers = self._initializer
+        try:
+            directory = os.getcwd()
+        except OSError:
+            directory = "/"
+        message = {
+            "path": list(sys.path),
+            "argv": list(getattr(sys, "argv", [])),
+            "cwd": directory,
+            "env": dict(self._settings.env or {}),
+            "log_level": logging.getLogger().getEffectiveLevel(),
+            "prefix": self._settings.prefix_output,
+            "initializer": data if self._has_initializer else None,
+        }
+        return messages.encode(message), buffers
+
+
+class _LaunchDelay:
+    """Seconds until a failed launch is tried again, None: never."""
+
+    def __init__(self, policy: Any, patience: float) -> None:
+        self._policy = policy
+        self._patience = patience
+        self._since = 0.0
+        self._state: Any = None
+
+    def __call__(self, failures: int, error: BaseException) -> float | None:
+        now = time.monotonic()
+        if failures == 1:
+            self._since = now
+            self._state = None if self._policy is None else _retry.begin(self._policy, _Setup.__call__, (), {})
+        if self._state is not None:
+            return _retry.judge(self._state, None, error)[0]
+        if now - self._since > self._patience:
+            return None
+        return float(min(_LAST_DELAY, _FIRST_DELAY * 2 ** (failures - 1)))
+
+
+def _check_standard(
+    max_workers: Any, mp_context: Any, initializer: Any, initargs: Any, max_tasks_per_child: Any
+) -> None:
+    if max_workers is not None:
+        check_int("max_workers", max_workers, 1)
+    if mp_context is not None:
+        from multiprocessing.context import BaseContext
+
+        if not isinstance(mp_context, BaseContext):
+            raise TypeError(f"mp_context must be a multiprocessing context or None, got {mp_context!r}")
+    if initializer is not None and not callable(initializer):
+        raise TypeError("initializer must be a callable")
+    if not isinstance(initargs, tuple):
+        raise TypeError(f"initargs must be a tuple, got {initargs!r}")
+    if max_tasks_per_child is not None:
+        if isinstance(max_tasks_per_child, bool) or not isinstance(max_tasks_per_child, int):
+            raise TypeError("max_tasks_per_child must be an integer")
+        check_int("max_tasks_per_child", max_tasks_per_child, 1)
