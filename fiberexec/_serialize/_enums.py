@@ -113,7 +113,7 @@ def make_enum(
         space["__init__"] = lambda self, *args: None
     for member, value, base_args in members:
         space[member] = _Member(value, base_args)
-    options: dict[str, Any] = {} if boundary is None else {"boundary": enum.FlagBoundary[boundary]}
+    options: dict[str, Any] = {} if boundary is None else {"boundary": vars(enum)["FlagBoundary"][boundary]}
     return adopt(enum.EnumMeta.__new__(meta, name, bases, space, **options), token)
 
 

@@ -27,12 +27,12 @@ def reduce_with_dill(obj: Any) -> Any:
         pass
     if kind.__module__ not in _MODULES or kind.__name__ in _NEVER or isinstance(obj, io.IOBase):
         return NotImplemented
-    import dill
+    import dill  # type: ignore[import-untyped]
 
     return load_with_dill, (dill.dumps(obj, PROTOCOL, recurse=True),)
 
 
 def load_with_dill(data: bytes) -> Any:
-    import dill
+    import dill  # type: ignore[import-untyped]
 
     return dill.loads(data)
