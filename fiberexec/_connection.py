@@ -1,0 +1,113 @@
+"""The driver's end of one worker: what it knows already, what is to be sent, what came back."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+from fiberexec import _messages as messages
+from fiberexec._scheduler import Task
+from fiberexec._scheduler.events import Send
+from fiberexec._serialize import FunctionRef
+from fiberexec._stream import Buffer, Frame, Stream
+
+
+class Payload:
+    """What a task carries: its function, and the pickled arguments of its items."""
+
+    __slots__ = ("buffers", "data", "function", "kind", "size")
+
+    def __init__(self, function: FunctionRef, kind: int, data: bytes, buffers: list[Buffer]) -> None:
+        self.function = function
+        self.kind = kind
+        self.data = data
+        self.buffers = buffers
+        self.size = len(data) + sum(map(len, buffers)) if buffers else len(data)
+
+
+class Connection:
+    """Any thread may call write(); the manager's thread alone reads, and closes."""
+
+    def __init__(self, worker: int, pid: int, host: str, stream: Stream) -> None:
+        self.worker = worker
+        self.pid = pid
+        self.host = host
+        self.stream = stream
+        self.waiting = False  # for the kernel to take more; the manager watches it
+        self.outbox: deque[Send | tuple[int, bytes, list[Buffer]]] = deque()  # filled under the manager's lock, in order
+        self._known: dict[int, None] = {}  # ids of functions that the worker has, oldest first
+        self._lock = threading.Lock()  # guards the stream's sending side: one frame after the other
+
+    KEPT = 1024  # functions that a worker keeps
+
+    def write(self) -> bool:
+        """Send the outbox as far as the kernel takes it. True when all is sent, or the worker has gone."""
+        with self._lock:
+            try:
+                while self.outbox:
+                    item = self.outbox.popleft()
+                    if isinstance(item, Send):
+                        item = messages.TASKS, *self._pack(item)
+                    self.stream.queue(*item)
+                    if not self.stream.flush():
+                        return False
+                return self.stream.flush()
+            except OSError:
+                self.outbox.clear()
+                return True  # its end will be reported
+
+    def _pack(self, send: Send) -> tuple[bytes, list[Buffer]]:
+        functions: list[tuple[int, bytes, int]] = []
+        forget: list[int] = []
+        units: list[tuple[Any, ...]] = []
+        function_buffers: list[Buffer] = []
+        buffers: list[Buffer] = []
+        known = self._known
+        for number, task, start, stop in send.units:
+            payload = task.payload
+            if payload is None:
+                continue  # it was settled meanwhile: the executor has broken
+            ref = payload.function
+            if ref.id not in known:
+                known[ref.id] = None
+                functions.append((ref.id, ref.data, len(ref.buffers)))
+                function_buffers += ref.buffers
+            if payload.buffers:
+                buffers += payload.buffers
+            units.append(
+                (
+                    number,
+                    task.id + start,
+                    task.attempt,
+                    ref.id,
+                    start,
+                    stop,
+                    payload.kind,
+                    payload.data,
+                    len(payload.buffers),
+                    _extra(task, send.devices),
+                )
+            )
+        while len(known) > self.KEPT and len(known) > len(units):
+            oldest = next(iter(known))
+            del known[oldest]
+            forget.append(oldest)
+        return messages.encode((functions, forget, units)), function_buffers + buffers
+
+    def read(self) -> list[Frame]:
+        """The frames that have arrived. Raises EOFError, OSError or ProtocolError when no more will come."""
+        return self.stream.receive()
+
+
+def _extra(task: Task, devices: tuple[str, ...] | None) -> dict[str, Any] | None:
+    if devices is None and task.error is None and task.profile.timeout is None:
+        return None
+    extra: dict[str, Any] = {}
+    if devices is not None:
+        extra["devices"] = ",".join(devices)
+    if task.error is not None:
+        extra["error"] = task.error
+    if task.profile.timeout is not None:
+        extra["timed"] = True
+    return extra
