@@ -1,10 +1,11 @@
-"""Every test proves that it left nothing behind: no child process, thread, file descriptor or shared memory."""
+"""Every test proves that it left nothing behind: no child process, thread, descriptor or shared memory."""
 
 from __future__ import annotations
 
 import faulthandler
 import gc
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ import psutil
 import pytest
 
 SETTLE = 5.0  # seconds that what a test started may still take to end
-SHARED_MEMORY = Path("/dev/shm")
+OURS = (
+    "fiberexec",
+    "psm_",
+)  # how names begin that fiberexec or multiprocessing gives to files and shared memory
 
 faulthandler.enable()
 
@@ -40,24 +44,32 @@ def _descriptors() -> dict[str, str]:
     for name in os.listdir(folder):
         try:
             os.fstat(int(name))
-            found[f"descriptor {name}"] = os.readlink(f"{folder}/{name}") if folder.startswith("/proc") else ""
+            found[f"descriptor {name}"] = (
+                os.readlink(f"{folder}/{name}") if folder.startswith("/proc") else ""
+            )
         except OSError:
             continue  # the one that listed the folder
     return found
 
 
-def _shared_memory() -> dict[str, str]:
-    if not SHARED_MEMORY.is_dir():
-        return {}
-    return {f"shared memory {path.name}": str(path) for path in SHARED_MEMORY.iterdir()}
+def _names() -> dict[str, str]:
+    """Shared memory, sockets and temporary files that have a name like ours."""
+    folders = [folder for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())) if folder.is_dir()]
+    return {
+        f"file {path}": "" for folder in folders for path in folder.glob("*") if path.name.startswith(OURS)
+    }
 
 
 def _inventory() -> dict[str, str]:
-    return {**_children(), **_threads(), **_descriptors(), **_shared_memory()}
+    return {**_children(), **_threads(), **_descriptors(), **_names()}
 
 
 def _left_since(before: dict[str, str]) -> dict[str, str]:
-    return {key: what for key, what in _inventory().items() if before.get(key) != what and not _is_harmless(key, what)}
+    return {
+        key: what
+        for key, what in _inventory().items()
+        if before.get(key) != what and not _is_harmless(key, what)
+    }
 
 
 def _is_harmless(key: str, what: str) -> bool:
@@ -84,7 +96,9 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         pause = min(2 * pause, 0.1)
         left = _left_since(before)
     if left:
-        pytest.fail("left behind:\n" + "\n".join(f"  {key}: {what}" for key, what in left.items()), pytrace=False)
+        pytest.fail(
+            "left behind:\n" + "\n".join(f"  {key}: {what}" for key, what in left.items()), pytrace=False
+        )
 
 
 @pytest.fixture(autouse=True)
