@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import sys
 from collections import deque
 
 from fiberexec import _messages as messages
@@ -85,8 +86,8 @@ class ForkServer:
                     self._reap()
                 else:
                     child = next((c for c in self._children.values() if c.stderr == fd), None)
-                    if child is None or not self._pass_on(child):
-                        self._poll.unregister(fd)
+                    if child is not None and not self._pass_on(child):
+                        self._mute(child)  # readable and empty: everybody has closed it
 
     def end(self) -> None:
         """Kill what is left."""
@@ -147,7 +148,8 @@ class ForkServer:
             for each in (read, write, self._wake, self._wakeup, self._lifeline):
                 os.close(each)
             for child in self._children.values():
-                os.close(child.stderr)
+                if child.stderr >= 0:
+                    os.close(child.stderr)
             self._control.close()
             size = _platform.CELL_WORDS
             cell = self._cells[slot * size : (slot + 1) * size]
@@ -174,8 +176,7 @@ class ForkServer:
             self._by_worker.pop(child.worker, None)
             while self._pass_on(child):
                 pass
-            self._poll.unregister(child.stderr)
-            os.close(child.stderr)
+            self._mute(child)
             kills = _platform.memory_kills()
             for_memory = kills > self._kills and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
             self._kills = kills
@@ -185,11 +186,17 @@ class ForkServer:
                 if pid not in self._children:
                     _kill(pid)  # a descendant of the dead that had left its group
 
+    def _mute(self, child: _Child) -> None:
+        if child.stderr >= 0:
+            self._poll.unregister(child.stderr)
+            os.close(child.stderr)
+            child.stderr = -1
+
     def _pass_on(self, child: _Child) -> bool:
         """Forward what the worker wrote to stderr; False when there is nothing more."""
         try:
-            data = os.read(child.stderr, 4096)
-        except OSError:
+            data = os.read(child.stderr, 4096) if child.stderr >= 0 else b""
+        except BlockingIOError:
             return False
         if not data:
             return False
@@ -221,8 +228,12 @@ def main(control: int, cells: int, lifeline: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     server = ForkServer(socket.socket(fileno=control), cells, lifeline)
+    code = 1
     try:
         server.run()
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
     finally:
         server.end()
-        os._exit(0)
+        os._exit(code)

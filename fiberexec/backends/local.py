@@ -73,7 +73,7 @@ class LocalBackend:
 
     def signal(self, worker: int, number: int, group: bool) -> None:
         if worker in self._processes:
-            self._tell(messages.SIGNAL, (worker, number, group))
+            self._tell(messages.SIGNAL, (worker, int(number), group))
 
     def probe(self, worker: int) -> Cell | None:
         process = self._processes.get(worker)
@@ -86,7 +86,7 @@ class LocalBackend:
         process = self._processes.get(worker)
         if process is not None:
             self._cell(process.slot)[RECALLED] = number
-            self._tell(messages.SIGNAL, (worker, signal.SIGURG, False))
+            self._tell(messages.SIGNAL, (worker, int(signal.SIGURG), False))
 
     def fds(self) -> Sequence[int]:
         return () if self._control is None else (self._control.fileno(),)
