@@ -33,7 +33,28 @@ class _Enough(Exception):
     """The search has taken its share."""
 
 
-class _Tracer(pickle._Pickler):
+_Slow: Any = pickle._Pickler
+
+
+class _Tracer(_Slow):  # type: ignore[misc]
+    # Python's own table: that of the class is open to all, and dill for one rewrites it
+    dispatch: Any = {  # noqa: RUF012
+        type(None): _Slow.save_none,
+        bool: _Slow.save_bool,
+        int: _Slow.save_long,
+        float: _Slow.save_float,
+        bytes: _Slow.save_bytes,
+        bytearray: _Slow.save_bytearray,
+        pickle.PickleBuffer: _Slow.save_picklebuffer,
+        str: _Slow.save_str,
+        tuple: _Slow.save_tuple,
+        list: _Slow.save_list,
+        dict: _Slow.save_dict,
+        set: _Slow.save_set,
+        frozenset: _Slow.save_frozenset,
+        types.FunctionType: _Slow.save_global,
+        type: _Slow.save_type,
+    }
     shallow: set[int] | None = None
     reducer_override = Pickler.reducer_override
 
@@ -50,7 +71,7 @@ class _Tracer(pickle._Pickler):
             raise _Enough
         self.trail.append(obj)
         try:
-            super().save(obj, save_persistent_id)  # type: ignore[misc]
+            super().save(obj, save_persistent_id)
         except _Enough:
             raise
         except BaseException:
