@@ -177,9 +177,7 @@ def make_class(token: str, meta: type, name: str, bases: tuple[type, ...], skele
     if known is not None:
         return known
     bases_now = bases
-    if any(
-        isinstance(vars(base).get("__init_subclass__"), classmethod) for one in bases for base in one.__mro__
-    ):
+    if any("__init_subclass__" in vars(base) for one in bases for base in one.__mro__ if base is not object):
         bases_now = (_silencer(bases), *bases)
     cls: Any = type.__new__(meta, name, bases_now, dict(skeleton))
     if bases_now is not bases:

@@ -14,6 +14,8 @@ import pytest
 
 from fiberexec._serialize import PLAIN, dumps, dumps_call, dumps_result, is_plain, loads
 
+__spec__ = None  # as in a script: nothing here can be imported, so all of it travels by value
+
 KB = 1024
 MB = 1024 * KB
 
