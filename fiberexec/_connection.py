@@ -34,7 +34,6 @@ class Connection:
         self.pid = pid
         self.host = host
         self.stream = stream
-        self.waiting = False  # for the kernel to take more; the manager watches it
         self.outbox: deque[Send | tuple[int, bytes, list[Buffer]]] = deque()  # filled under the manager's lock, in order
         self._known: dict[int, None] = {}  # ids of functions that the worker has, oldest first
         self._lock = threading.Lock()  # guards the stream's sending side: one frame after the other

@@ -69,6 +69,7 @@ class Manager:
         self._refused = 0  # launches in a row
         self._thread: threading.Thread | None = None
         self._wake_pipe: tuple[int, int] | None = None
+        self._full: deque[Connection] = deque()  # what the kernel did not take at once; the manager's thread goes on
         self._awake = False  # a byte is in the pipe already
         self._abandoned = False  # nobody can submit any more
         self._ids = 1
@@ -227,8 +228,7 @@ class Manager:
     def _write(self, connections: Iterable[Connection]) -> None:
         full = [connection for connection in connections if not connection.write()]
         if full or self._deferred:
-            for connection in full:
-                connection.waiting = True
+            self._full += full
             self.wake()
 
     # -- the manager's thread
@@ -296,9 +296,8 @@ class Manager:
                     touched[connection.worker] = connection
         self._write(touched.values())
         self._act()
-        for connection in list(self._connections.values()):
-            if connection.waiting:
-                self._watch(connection, True)
+        while self._full:
+            self._watch(self._full.popleft(), True)
 
     def _timeout(self) -> float | None:
         if self._deferred:
@@ -402,7 +401,6 @@ class Manager:
             connection.stream.close()
 
     def _watch(self, connection: Connection, waiting: bool) -> None:
-        connection.waiting = False
         try:
             mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if waiting else 0)
             self._selector.modify(connection.stream, mask, connection)

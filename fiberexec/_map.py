@@ -18,7 +18,9 @@ from fiberexec._manager import Manager
 from fiberexec._scheduler import Profile, Task
 from fiberexec._serialize import FunctionRef, dumps, dumps_call, is_plain
 
-GROUP = 1024  # items, and
+GROUP = 1024  # items in one payload, at most, as long as nothing is known of their cost
+GROUP_SECONDS = 0.002  # of measured work in one payload, at most
+GROUP_LIMIT = 1 << 14  # items in one payload, however cheap
 GROUP_BYTES = 1 << 16  # bytes about, at most, in one payload
 _FIRST = 16  # items in the first group, before anything is known of their size
 
@@ -117,7 +119,9 @@ class _Mapping:
         return tasks
 
     def _adapt(self, size: int, count: int) -> None:
-        self._largest = max(1, min(GROUP, 8 * count, GROUP_BYTES * count // max(size, 1)))
+        cost = self._profile.cost
+        most = GROUP if cost is None else min(GROUP_LIMIT, int(GROUP_SECONDS / max(cost, 1e-7)))
+        self._largest = max(1, min(most, 8 * count, GROUP_BYTES * count // max(size, 1)))
 
 
 def submit_map(
@@ -132,7 +136,7 @@ def submit_map(
 ) -> Iterator[Any]:
     """See ``FiberExecutor.map()``."""
     mapping = _Mapping(manager, fn, ref, profile, columns)
-    group = chunksize or GROUP
+    group = chunksize or GROUP_LIMIT
     if not columns:
         return iter(())
     if buffersize is None:

@@ -55,6 +55,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._scratch = memoryview(bytearray(_READ))
         self._data = bytearray()  # received, not yet parsed
         self._partial: _Partial | None = None
         self._target: memoryview | None = None  # the rest of the large buffer that is being read
@@ -131,9 +132,8 @@ class Stream:
             got = self._sock.recv_into(self._target, 0, flags)
             self._target = self._target[got:] if got < len(self._target) else None
         else:
-            data = self._sock.recv(_READ)
-            got = len(data)
-            self._data += data
+            got = self._sock.recv_into(self._scratch)
+            self._data += self._scratch[:got]
         if not got:
             raise EOFError("the stream ended inside a frame" if self._data or self._partial else "the peer has closed")
 

@@ -12,12 +12,11 @@ Rules:
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
 import sys
-from itertools import repeat
-from operator import itemgetter
 from time import monotonic, monotonic_ns
 from types import FrameType, ModuleType
 from _thread import allocate_lock
@@ -38,9 +37,8 @@ RUNNING, STARTED, CLAIMED, RECALLED = range(4)  # item's number | monotonic ns |
 
 FLUSH = 0.003  # seconds that a result may wait for company
 FLUSH_BYTES = 1 << 20
-SLICE = 256  # items at most, and
+SLICE = 2048  # items at most, and
 SLICE_SECONDS = 0.001  # seconds about, that run between two looks at the clock
-_second = itemgetter(1)
 
 
 class Stopped(BaseException):
@@ -74,6 +72,7 @@ class Worker:
             signal.signal(signal.SIGTERM, self._stop)
             signal.signal(signal.SIGURG, self._nudged)
             signal.siginterrupt(signal.SIGURG, False)
+            faulthandler.enable(2)
             sys.modules["__main__"] = ModuleType("__main__")
             self._serve()
             self._leave()
@@ -226,7 +225,7 @@ class Worker:
             self._flush()
 
     def _run_columns(self, number: int, function_id: int, columns: tuple[list[Any], ...], start: int, stop: int) -> None:
-        """Run plain items at the speed of C: the cell is written by an iterator that advances with the calls.
+        """Run plain items in slices, with as little as possible between two calls: the loop's own target is the cell.
 
         A slice is limited by the time measured so far, so that results and recalls are never far from the clock.
         """
@@ -238,17 +237,21 @@ class Worker:
                 return
             began = monotonic()
             results: list[Any] = []
+            append = results.append
             error: BaseException | None = None
             cell[RUNNING] = number
             try:
                 function = self._functions[function_id]
                 if type(function) is tuple:
                     function = self._function(function_id)
-                calls = map(function, *(column[start : start + size] for column in columns))  # type: ignore[arg-type]
-                ticks = map(cell.__setitem__, repeat(RUNNING), range(number, number + size))
-                results.extend(map(_second, zip(ticks, calls)))
-                if len(results) < size:  # map() takes it for its own end
-                    error = StopIteration()
+                numbers = range(number, number + size)
+                slices = [column[start : start + size] for column in columns]
+                if len(slices) == 1:
+                    for cell[RUNNING], item in zip(numbers, slices[0]):
+                        append(function(item))
+                else:
+                    for cell[RUNNING], items in zip(numbers, zip(*slices)):
+                        append(function(*items))
             except BaseException as reason:
                 if self._stopping:
                     raise Stopped from None

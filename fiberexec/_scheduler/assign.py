@@ -3,7 +3,8 @@
 - A task whose cost is not known, or is more than ``limits.long``, goes alone to an idle worker: nothing waits behind it.
 - Cheap tasks travel in batches, as many as ``limits.ahead`` seconds of measured work allow, but never more than a fair
   share of what waits, so that the workers finish together.
-- A busy worker is sent more when half of that is done, and only when no worker is idle.
+- A busy worker is sent more when half of that is done, and only when no worker is idle. That is not done for each new
+  task, but when a worker has replied: what was submitted meanwhile travels together.
 - Lanes are served by priority. A task that waits for resources keeps tasks of later lanes from taking the same kind.
 """
 
@@ -19,8 +20,11 @@ from fiberexec.backends.base import Resources
 _LEAST = 1e-7  # seconds: nothing is cheaper, whatever was measured
 
 
-def assign(queue: Queue, fleet: Fleet, limits: Limits) -> list[Send]:
-    """Move tasks from the queue to workers until one of both has nothing left to give."""
+def assign(queue: Queue, fleet: Fleet, limits: Limits, top_up: bool) -> list[Send]:
+    """Move tasks from the queue to workers until one of both has nothing left to give.
+
+    ``top_up`` is false for a submitting thread: it serves idle workers alone, so that what follows it can travel together.
+    """
     sends: list[Send] = []
     blocked = Resources()
     for lane in queue.lanes:
@@ -34,7 +38,7 @@ def assign(queue: Queue, fleet: Fleet, limits: Limits) -> list[Send]:
                     break
                 sends.append(_send_alone(queue, fleet, lane, task, worker))
             else:
-                worker = fleet.idle_worker(task) or next(iter(fleet.hungry.values()), None)
+                worker = fleet.idle_worker(task) or (next(iter(fleet.hungry.values()), None) if top_up else None)
                 if worker is None:
                     break
                 sends.append(_send_batch(queue, fleet, lane, worker, limits))

@@ -66,7 +66,7 @@ class Scheduler:
             _, _, method, argument = heapq.heappop(self._timers)
             method(argument)
         if self.broken is None:
-            self._progress()
+            self._progress(top_up=type(event) is not ev.Submitted)
         return actions
 
     def wakeup(self) -> float | None:
@@ -83,14 +83,14 @@ class Scheduler:
 
     # -- after every event
 
-    def _progress(self) -> None:
+    def _progress(self, top_up: bool) -> None:
         for task in self.queue.pop_due(self._now):
             if task.state is DELAYED:
                 task.step("due")
                 self.delayed -= 1
                 self.queue.push(task)
         if self.queue.items:
-            sends = assign(self.queue, self.fleet, self.limits)
+            sends = assign(self.queue, self.fleet, self.limits, top_up)
             if sends:
                 self._actions += sends
                 self._watch(sends)

@@ -219,6 +219,7 @@ class LocalBackend:
             os.close(self._lifeline)
             os.close(self._cells_fd)
         self._control = self._stream = None
+        self._cells = memoryview(b"")  # the last reference: unmapped
 
     def _reap(self, pid: int) -> None:
         deadline = monotonic() + _CLOSE_TIMEOUT
