@@ -95,7 +95,7 @@ def _describe(exc: BaseException) -> dict[str, Any]:
     cls = type(exc)
     node: dict[str, Any] = {"name": cls.__name__, "qualname": cls.__qualname__, "module": cls.__module__}
     node["str"], node["repr"] = _safe(str, exc), _safe(repr, exc)
-    node["base"] = _importable_base(cls)
+    node["bases"] = _importable_bases(cls)
     if _has_own_reduce(cls) and not _is_group(exc):
         node["own"] = _attempt(dump_in_band, exc)
     node["class"] = _attempt(dump_in_band, cls)
@@ -164,13 +164,15 @@ def _has_own_reduce(cls: type) -> bool:
     return any(getattr(cls, name, None) is not getattr(builtin, name, None) for name in own)
 
 
-def _importable_base(cls: type) -> tuple[str, str]:
+def _importable_bases(cls: type) -> list[tuple[str, str]]:
+    """The classes to catch `cls` by, nearest first; not all of them need exist where it arrives."""
     from ._byname import by_name
 
-    for base in cls.__mro__:
-        if by_name(base, base.__module__, base.__qualname__) and issubclass(base, BaseException):
-            return base.__module__, base.__qualname__
-    return "builtins", "Exception"
+    return [
+        (base.__module__, base.__qualname__)
+        for base in cls.__mro__
+        if by_name(base, base.__module__, base.__qualname__) and issubclass(base, BaseException)
+    ]
 
 
 def _last_resort(exc: BaseException, text: str) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def _last_resort(exc: BaseException, text: str) -> dict[str, Any]:
         "module": str(cls.__module__),
         "str": text,
         "repr": text,
-        "base": ("builtins", base),
+        "bases": [("builtins", base)],
         "class": None,
         "args": [],
         "state": {},
@@ -280,15 +282,6 @@ def _restore(exc: BaseException, node: dict[str, Any]) -> None:
 
 def _make_stand_in(node: dict[str, Any], members: list[BaseException]) -> BaseException:
     """An exception of a class that looks like the original and is caught by its nearest importable base."""
-    module, qualname = node["base"]
-    base: Any = None
-    try:
-        __import__(module)
-        base = sys.modules[module]
-        for part in qualname.split("."):
-            base = getattr(base, part)
-    except BaseException:
-        base = Exception
     text, shown = node["str"], node["repr"]
     space = {
         "__module__": node["module"],
@@ -299,15 +292,18 @@ def _make_stand_in(node: dict[str, Any], members: list[BaseException]) -> BaseEx
         "__doc__": "Stands in for an exception whose class cannot be rebuilt in this process.",
         "_fiberexec_node": {**node, "class": None, "own": None},
     }
-    for parent in (base, Exception):
+    for module, qualname in node["bases"]:
         try:
-            cls: Any = type(node["name"], (parent,), space)
-            builtin = _builtin_base(cls)
+            __import__(module)
+            base: Any = sys.modules[module]
+            for part in qualname.split("."):
+                base = getattr(base, part)
+            cls: Any = type(node["name"], (base,), space)
             exc: BaseException
             if _GROUP is not None and issubclass(cls, _GROUP) and members:
                 exc = _GROUP.__new__(cls, text, members)
             else:
-                exc = builtin.__new__(cls)
+                exc = _builtin_base(cls).__new__(cls)
                 exc.args = (text,)
             _restore(exc, node)
             return exc

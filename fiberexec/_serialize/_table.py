@@ -21,7 +21,7 @@ from collections import OrderedDict
 
 from ._byname import by_name, home_of, module_by_name
 from ._fast import PLAIN, Buffer, PicklingError
-from ._functions import captured_globals
+from ._functions import captured_globals, references
 from ._versions import Versioned, cached_versions
 
 TYPE_CHECKING = False
@@ -124,8 +124,13 @@ class _Captures:
             return False
         self.functions.append((weakref.ref(fn), fn.__code__, fn.__defaults__, fn.__kwdefaults__, 0))
         if home_of(fn.__globals__) is None:
-            for name, value in captured_globals(fn).items():
-                if not self._add(self.items, fn.__globals__, name, value):
+            captured = captured_globals(fn)
+            for name in references(fn.__code__)[0]:
+                if name not in captured and name not in fn.__globals__:
+                    self.items.append(
+                        (fn.__globals__, name, _MISSING, None)
+                    )  # a built-in, until it is hidden
+                elif name in captured and not self._add(self.items, fn.__globals__, name, captured[name]):
                     return False
         for cell in fn.__closure__ or ():
             try:

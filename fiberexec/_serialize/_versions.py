@@ -1,8 +1,7 @@
 """Modules edited and reloaded between calls: a task function carries digests of the user's code that it
 reaches, by module.
 
-A worker that loaded another version of one of those modules reloads it once, if its file changed since the
-worker began. The standard library and installed packages are taken as they are.
+A worker that loaded another version of one of those modules reloads it once, if its file changed since. The standard library and installed packages are taken as they are.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"
 
 _user_modules: dict[str, tuple[Any, bool]] = {}
 _tried: set[tuple[str, str]] = set()
+_stamps: dict[str, tuple[int, int] | None] = {}  # modules' files, as they were when loaded; None: not known
 _PYTHON = repr(sys.version_info[:2])
 
 
@@ -189,21 +189,27 @@ def second(_: Any, fn: Any) -> Any:
 
 
 def refresh(*versions: tuple[str, tuple[str, ...], str]) -> None:
-    """Reload those of this process's modules that differ from the sender's and whose file is new."""
+    """Reload those of this process's modules that differ from the sender's and whose file changed since."""
     reloaded = False
     for name, qualnames, wanted in versions:
-        module = sys.modules.get(name)
-        if module is None or getattr(module, "__spec__", None) is None:
+        loaded = name in sys.modules
+        if not loaded:
+            __import__(name)  # it would be now in any case; so the file is known that it came from
+        module = sys.modules[name]
+        stamp = _stamp(module)
+        known = _stamps.setdefault(name, None if loaded and _is_new(stamp) else stamp)
+        if not loaded or getattr(module, "__spec__", None) is None:
             continue
-        if not reloaded and _digest_here(module, qualnames) == wanted:
+        if not reloaded and (known == stamp or _digest_here(module, qualnames) == wanted):
             continue
-        if (name, wanted) in _tried or not (reloaded or _is_new(module)):
+        if (name, wanted) in _tried:
             continue
         _tried.add((name, wanted))
         import importlib
 
         importlib.invalidate_caches()
         importlib.reload(module)
+        _stamps[name] = stamp
         reloaded = True
 
 
@@ -217,11 +223,17 @@ def _digest_here(module: types.ModuleType, qualnames: tuple[str, ...]) -> str:
     return _digest(found)
 
 
-def _is_new(module: types.ModuleType) -> bool:
+def _stamp(module: types.ModuleType) -> tuple[int, int] | None:
     try:
-        return os.stat(str(module.__file__)).st_mtime > _BEGAN - 2  # some file systems keep two seconds
-    except OSError:
-        return False
+        stat = os.stat(str(module.__file__))
+    except (AttributeError, OSError):
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _is_new(stamp: tuple[int, int] | None) -> bool:
+    """Whether a file may have changed after this process loaded it, as far as its time says."""
+    return stamp is not None and stamp[0] > (_BEGAN - 2) * 1e9  # some file systems keep two seconds
 
 
 _cache: dict[int, tuple[weakref.ref[Any], list[tuple[Any, Any]], Versions]] = {}

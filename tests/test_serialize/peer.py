@@ -8,7 +8,14 @@ import subprocess
 import sys
 from typing import Any, BinaryIO
 
-from fiberexec._serialize import FunctionTable, dump_exception, dumps_call, dumps_result, load_exception, loads
+from fiberexec._serialize import (
+    FunctionTable,
+    dump_exception,
+    dumps_call,
+    dumps_result,
+    load_exception,
+    loads,
+)
 
 TABLE = FunctionTable()
 

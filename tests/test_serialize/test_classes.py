@@ -230,7 +230,14 @@ ENUMS: list[Any] = [
 def test_enum_members_keep_their_identity_there_and_back(peer: Any, member: Any) -> None:
     def look(given: Any) -> Any:
         cls = type(given)
-        return given, cls, given.value, [m.name for m in cls], list(cls.__members__), given is cls(given.value)
+        return (
+            given,
+            cls,
+            given.value,
+            [m.name for m in cls],
+            list(cls.__members__),
+            given is cls(given.value),
+        )
 
     back, cls, value, names, aliases, identical = peer.call(look, member)
     assert back is member and cls is type(member) and value == member.value and identical
@@ -243,7 +250,13 @@ def test_enums_work_there_as_here(peer: Any) -> None:
         assert (Perm.R | Perm.W) is Perm.RW and Perm.R in Perm.RW and (~Perm.R) == Perm.W
         assert Name("nothing") is Name.A and Name.A == "a" and str.upper(Name.A) == "A"
         assert Coded(2) is Coded.B and bytes(Coded.B) == b"\x02" and isinstance(Coded.A, bytes)
-        return Color.RED.shout(), Planet.MARS.mass, Coded.B.label, Color["CRIMSON"] is Color.RED, repr(Level.LOW)
+        return (
+            Color.RED.shout(),
+            Planet.MARS.mass,
+            Coded.B.label,
+            Color["CRIMSON"] is Color.RED,
+            repr(Level.LOW),
+        )
 
     assert peer.call(work) == ("RED!", 0.6, "code 2", True, repr(Level.LOW))
 
@@ -256,13 +269,17 @@ def test_classes_work_there_as_here(peer: Any) -> None:
         with pytest.raises(TypeError):
             Shape()  # type: ignore[abstract]
         assert Point(1) < Point(2) and dataclasses.replace(Point(1), y=5).y == 5
-        assert dataclasses.fields(Point)[1].metadata["unit"] == "m" and dataclasses.fields(Point)[0].default is (
-            dataclasses.MISSING
-        )
+        assert dataclasses.fields(Point)[1].metadata["unit"] == "m" and dataclasses.fields(Point)[
+            0
+        ].default is (dataclasses.MISSING)
         assert dataclasses.asdict(Point(1)) == {"x": 1, "y": 2, "tags": []}
         with pytest.raises(dataclasses.FrozenInstanceError):
             Slotted(1, "b").a = 2  # type: ignore[misc]
-        assert Pair(1).total() == 2 and Pair(1)._replace(a=5) == (5, "b") and Dynamic(1)._asdict() == {"p": 1, "q": 7}
+        assert (
+            Pair(1).total() == 2
+            and Pair(1)._replace(a=5) == (5, "b")
+            and Dynamic(1)._asdict() == {"p": 1, "q": 7}
+        )
         assert typing.get_type_hints(Movie) and Movie(name="x") == {"name": "x"}
         assert Box[int](3).item == 3 and Box.__parameters__ == (T,)  # type: ignore[attr-defined]
         assert WithMeta().called and WithMeta.options == {"flavour": "x"}  # type: ignore[attr-defined]

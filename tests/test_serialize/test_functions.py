@@ -88,7 +88,7 @@ def test_an_attribute_name_does_not_drag_the_global_of_that_name_along(peer: Any
     namespace: dict[str, Any] = {"data": open(os.devnull), "__name__": "__main__"}
     try:
         exec("def f(x): return x.data\ndef g(): return data", namespace)
-        assert peer.call(namespace["f"], memoryview(b"").obj and None or types.SimpleNamespace(data=3)) == 3
+        assert peer.call(namespace["f"], (memoryview(b"").obj and None) or types.SimpleNamespace(data=3)) == 3
         with pytest.raises(PicklingError, match="data"):
             dumps(namespace["g"])
     finally:
@@ -239,7 +239,7 @@ def test_a_function_with_free_variables_not_yet_set_travels() -> None:
         copy = loads(*dumps(inner))
         with pytest.raises(NameError):
             copy()
-        later = 1  # noqa: F841
+        later = 1
         return inner
 
     assert outer()() == 1

@@ -29,7 +29,22 @@ def arrive(parts: tuple[bytes, list[Any]]) -> Any:
     return loads(parts[0], [b if type(b) is bytes else bytearray(b) for b in parts[1]])
 
 
-ATOMS = [0, -1, 1 << 80, 1.5, float("inf"), 2j, True, None, "", "ä\ud800", b"", b"x" * 100, Ellipsis, NotImplemented]
+ATOMS = [
+    0,
+    -1,
+    1 << 80,
+    1.5,
+    float("inf"),
+    2j,
+    True,
+    None,
+    "",
+    "ä\ud800",
+    b"",
+    b"x" * 100,
+    Ellipsis,
+    NotImplemented,
+]
 
 
 @pytest.mark.parametrize("value", [*ATOMS, *[[a] for a in ATOMS], {"a": {1, 2}}, (1, (2, [3]))], ids=repr)
@@ -197,11 +212,23 @@ def test_loading_needs_nothing_heavy() -> None:
         "print(*sorted(set(sys.modules) - before))"
     )
     env = {"PYTHONPATH": ":".join(sys.path)}
-    out = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    out = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=env, timeout=60
+    )
     loaded = out.stdout.split()
     assert "fiberexec._serialize._fast" in loaded, out.stderr
     assert len([name for name in loaded if name.startswith("fiberexec.")]) == 2
-    for heavy in ("typing", "dill", "logging", "inspect", "dataclasses", "threading", "numpy", "dis", "traceback"):
+    for heavy in (
+        "typing",
+        "dill",
+        "logging",
+        "inspect",
+        "dataclasses",
+        "threading",
+        "numpy",
+        "dis",
+        "traceback",
+    ):
         assert heavy not in loaded
 
 
