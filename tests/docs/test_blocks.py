@@ -1,8 +1,8 @@
-"""Every Python block of the README and the documentation runs as it stands, and prints what the page says it prints.
+"""Every Python block of the README and of the docs runs as it stands, and prints what the page says.
 
-A fenced ``python`` block is run as a script of its own, in an empty folder. If the next thing after it is a fenced ``text``
-block, that is what it must print; "..." stands for any text, as in doctest. A block that is no program has the line
-``<!-- not run: reason -->`` right above it.
+A fenced ``python`` block is run as a script of its own, in an empty folder. If the next thing after it is a fenced
+``text`` block, that is what it must print; "..." stands for any text, as in doctest. A block that is no program has
+the line ``<!-- not run: reason -->`` right above it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def blocks(page: Path) -> list[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def test_ci_runs_the_command_that_the_readme_gives_for_the_tests() -> None:
+    commands = re.findall(r"^python3 -m venv .+$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[1] in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_pages_have_blocks() -> None:
