@@ -11,6 +11,7 @@ import pickle
 import sys
 import types
 import weakref
+from _thread import RLock
 
 from ._byname import by_name
 from ._fast import PLAIN, PROTOCOL, PicklingError
@@ -36,6 +37,7 @@ _C_MADE = (types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassM
 
 # class -> (what its attributes were, the name for that state): by id, cleared as the class goes
 _revisions: dict[int, tuple[weakref.ref[type], dict[str, Any], str]] = {}
+_lock = RLock()  # guards it; a finalizer may pickle while it is held
 
 
 def reduce_class(pickler: Any, cls: type) -> Any:
@@ -111,13 +113,14 @@ def class_state(cls: type) -> tuple[str, dict[str, Any], list[type] | None]:
 
 def revision_of(cls: type) -> str:
     """A name for the present attributes of `cls`; a new one after any change, in a list or dictionary too."""
-    known = _revisions.get(id(cls))
     pins = {key: _pin(value) for key, value in attributes(cls).items()}
-    if known is not None and known[0]() is cls and known[1] == pins:
-        return known[2]
-    revision = os.urandom(8).hex()
-    _set_revision(cls, pins, revision)
-    return revision
+    with _lock:
+        known = _revisions.get(id(cls))
+        if known is not None and known[0]() is cls and known[1] == pins:
+            return known[2]
+        revision = os.urandom(8).hex()
+        _set_revision(cls, pins, revision)
+        return revision
 
 
 def _set_revision(cls: type, pins: dict[str, Any], revision: str) -> None:

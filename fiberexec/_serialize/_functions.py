@@ -9,10 +9,12 @@ that comes back brings no globals.
 
 from __future__ import annotations
 
+import builtins
 import marshal
 import os
 import sys
 import weakref
+from _thread import RLock
 from collections import OrderedDict
 from types import CellType, CodeType, FunctionType, ModuleType
 
@@ -33,6 +35,7 @@ _MOST_NAMESPACES = 1024  # what is pushed out is sent as a new namespace next ti
 # reused.
 _namespaces: OrderedDict[str, tuple[Namespace, bool]] = OrderedDict()
 _tokens: dict[int, str] = {}
+_lock = RLock()  # guards both; a finalizer may pickle while it is held
 
 
 def _remember(token: str, namespace: Namespace, own: bool) -> None:
@@ -44,26 +47,26 @@ def _remember(token: str, namespace: Namespace, own: bool) -> None:
 
 
 def _token_of(namespace: Namespace) -> str:
-    token = _tokens.get(id(namespace))
-    if token is None:
-        token = os.urandom(12).hex()
-        _remember(token, namespace, True)
-    elif token in _namespaces:
-        _namespaces.move_to_end(token)
-    return token
+    with _lock:
+        token = _tokens.get(id(namespace))
+        if token is None:
+            token = os.urandom(12).hex()
+            _remember(token, namespace, True)
+        else:
+            _namespaces.move_to_end(token)
+        return token
 
 
 def _namespace(name: str, token: str | None) -> Namespace:
     if token is None:
         __import__(name)
         return sys.modules[name].__dict__
-    known = _namespaces.get(token)
-    if known is None:
-        import builtins
-
-        _remember(token, {"__name__": name, "__builtins__": builtins.__dict__}, False)
-        known = _namespaces[token]
-    return known[0]
+    with _lock:
+        known = _namespaces.get(token)
+        if known is None:
+            _remember(token, {"__name__": name, "__builtins__": builtins.__dict__}, False)
+            known = _namespaces[token]
+        return known[0]
 
 
 # -- what code refers to -------------------------------------------------------------------------------------
@@ -254,8 +257,7 @@ def fill_function(fn: FunctionType, state: State) -> None:
     token = state["token"]
     captured = state.get("globals")
     if captured:
-        own = _namespaces[token][1] if token in _namespaces else False
-        if own:
+        if _namespaces.get(token, (None, False))[1]:
             for name, value in captured.items():
                 fn.__globals__.setdefault(name, value)
         else:

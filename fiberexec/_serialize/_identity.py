@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from _thread import RLock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 _tokens: dict[int, tuple[weakref.ref[Any], str, bool]] = {}  # id -> (object, token, whether minted here)
 _objects: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_lock = RLock()  # guards both; a finalizer may pickle while it is held
 
 
 def _record(obj: Any, token: str, own: bool) -> None:
@@ -23,12 +25,13 @@ def _record(obj: Any, token: str, own: bool) -> None:
 
 def token_of(obj: Any) -> str:
     """The token of `obj`, minted now if it has none."""
-    known = _tokens.get(id(obj))
-    if known is not None and known[0]() is obj:
-        return known[1]
-    token = os.urandom(12).hex()
-    _record(obj, token, True)
-    return token
+    with _lock:
+        known = _tokens.get(id(obj))
+        if known is not None and known[0]() is obj:
+            return known[1]
+        token = os.urandom(12).hex()
+        _record(obj, token, True)
+        return token
 
 
 def find(token: str) -> Any:
@@ -39,11 +42,12 @@ def find(token: str) -> Any:
 def adopt(obj: Any, token: str) -> Any:
     """Name `obj`, made from what another process sent; gives the object that has the name already, if one
     has."""
-    known = _objects.get(token)
-    if known is not None:
-        return known
-    _record(obj, token, False)
-    return obj
+    with _lock:
+        known = _objects.get(token)
+        if known is not None:
+            return known
+        _record(obj, token, False)
+        return obj
 
 
 def is_own(obj: Any) -> bool:

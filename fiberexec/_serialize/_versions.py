@@ -1,7 +1,8 @@
 """Modules edited and reloaded between calls: a task function carries digests of the user's code that it
 reaches, by module.
 
-A worker that loaded another version of one of those modules reloads it once, if its file changed since. The standard library and installed packages are taken as they are.
+A worker that loaded another version of one of those modules reloads it once, if its file changed since. The
+standard library and installed packages are taken as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"
 
 _user_modules: dict[str, tuple[Any, bool]] = {}
 _tried: set[tuple[str, str]] = set()
-_stamps: dict[str, tuple[int, int] | None] = {}  # modules' files, as they were when loaded; None: not known
+# what the modules' files were when they were loaded; None: not known
+_stamps: dict[str, tuple[int, int] | None] = {}
 _PYTHON = repr(sys.version_info[:2])
 
 

@@ -1,4 +1,4 @@
-"""Another interpreter that loads calls and dumps results back, as a worker does, over its standard streams."""
+"""Another interpreter that loads calls and dumps results back, as a worker does, over stdin and stdout."""
 
 from __future__ import annotations
 

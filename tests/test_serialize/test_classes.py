@@ -142,7 +142,7 @@ class SlotPlug(SlotPlugin, must=1):
 
 class Color(enum.Enum):
     RED = 1
-    CRIMSON = 1
+    CRIMSON = 1  # noqa: PIE796
     BLUE = "b"
 
     def shout(self) -> str:
@@ -221,8 +221,8 @@ def test_an_instance_comes_back_as_an_instance_of_the_very_class(peer: Any, name
 
 
 ENUMS: list[Any] = [
-    Color.RED, Color.CRIMSON, Color.BLUE, Level.HIGH, Perm.R, Perm.RW, Perm.R | Perm.W, Perm(0), IntPerm.R | IntPerm.W,
-    Planet.MARS, Coded.B, Name.A,
+    Color.RED, Color.CRIMSON, Color.BLUE, Level.HIGH, Perm.R, Perm.RW, Perm.R | Perm.W, Perm(0),
+    IntPerm.R | IntPerm.W, Planet.MARS, Coded.B, Name.A,
 ]  # fmt: skip
 
 

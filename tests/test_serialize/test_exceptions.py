@@ -85,7 +85,8 @@ def back(exc: BaseException, text: str = "") -> BaseException:
 
 
 BUILT_IN = [
-    ValueError("a", 1), KeyError("k"), OSError(2, "No such file", "/x"), FileNotFoundError(2, "m", "/a", None, "/b"),
+    ValueError("a", 1), KeyError("k"), OSError(2, "No such file", "/x"),
+    FileNotFoundError(2, "m", "/a", None, "/b"),
     StopIteration(3), SystemExit(4), KeyboardInterrupt(), GeneratorExit(), ZeroDivisionError(), Exception(),
     UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), SyntaxError("bad", ("f", 1, 2, "text")),
     ImportError("m", name="n", path="p"), json.JSONDecodeError("bad", "{", 0), zipfile.BadZipFile("z"),

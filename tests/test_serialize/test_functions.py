@@ -99,7 +99,7 @@ def test_globals_of_nested_code_and_class_bodies_travel(peer: Any) -> None:
     def make() -> Any:
         class Local:
             limit = LIMIT
-            parts = [LIMIT + i for i in range(2)]
+            parts = [LIMIT + i for i in range(2)]  # noqa: RUF012
 
         return Local.limit, Local.parts, [LIMIT for _ in range(1)]
 

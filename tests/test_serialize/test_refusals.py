@@ -94,10 +94,11 @@ def test_what_nobody_should_copy_is_refused_at_once(tmp_path: Path) -> None:
     running = numbers()
     with open(tmp_path / "f", "w") as file, socket.socket() as sock, open(tmp_path / "f", "rb") as raw:
         refused = [
-            (LOCK, "lock"), (threading.RLock(), "RLock"), (threading.Condition(), "lock"), (file, "TextIOWrapper"),
+            (LOCK, "lock"), (threading.RLock(), "RLock"), (threading.Condition(), "lock"),
+            (file, "TextIOWrapper"),
             (raw, "BufferedReader"), (sock, "socket"), (running, "generator"), (threading.local(), "local"),
             (ctypes.pointer(ctypes.c_int(1)), "c_int"), (Pointer(b"x"), "Pointer"), (Pointer, "ctypes"),
-            (threading.current_thread(), "lock"),
+            (threading.current_thread(), "_thread"),
         ]  # fmt: skip
         for value, kind in refused:
             text = message(([value],))

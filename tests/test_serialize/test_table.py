@@ -35,8 +35,8 @@ def table() -> FunctionTable:
 
 
 CALLABLES: list[Any] = [
-    len, os.path.join, int, dict.fromkeys, "a".upper, str.upper, functools.partial(int, base=2), lambda: 1, np.sum,
-    np.add, types.SimpleNamespace, functools.lru_cache(len),
+    len, os.path.join, int, dict.fromkeys, "a".upper, str.upper, functools.partial(int, base=2), lambda: 1,
+    np.sum, np.add, types.SimpleNamespace, functools.lru_cache(len),
 ]  # fmt: skip
 
 
@@ -82,7 +82,8 @@ CHANGES = {
     "array": ("def f(): return int(g[0])", {"g": np.ones(10_000)}, "g[0] = 2"),
     "instance": ("class C: v = 1\no = C()\ndef f(): return o.v", {}, "o.v = 2"),
     "closure": (
-        "def make():\n  x = 1\n  def set(v):\n    nonlocal x\n    x = v\n  return (lambda: x), set\nf, set = make()",
+        "def make():\n  x = 1\n  def set(v):\n    nonlocal x\n    x = v\n  return (lambda: x), set\n"
+        "f, set = make()",
         {},
         "set(2)",
     ),
@@ -152,7 +153,7 @@ def test_functions_and_classes_are_not_kept_alive(table: FunctionTable) -> None:
     table.lookup(Local)
     assert table.lookup(recursive) is table.lookup(recursive)
     refs = [weakref.ref(recursive), weakref.ref(Local)]
-    del recursive, Local
+    recursive = Local = None  # type: ignore[assignment,misc]
     gc.collect()
     assert [ref() for ref in refs] == [None, None]
     assert not table._entries

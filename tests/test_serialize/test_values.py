@@ -208,7 +208,8 @@ def test_a_subclass_of_an_atom_is_pickled_as_its_class_says(peer: Any) -> None:
 def test_loading_needs_nothing_heavy() -> None:
     data = dumps_call((1, {"a": 2}), {})[0]
     code = (
-        f"import sys, fiberexec; before = set(sys.modules); from fiberexec._serialize import loads; loads({data!r});"
+        "import sys, fiberexec; before = set(sys.modules);"
+        f"from fiberexec._serialize import loads; loads({data!r});"
         "print(*sorted(set(sys.modules) - before))"
     )
     env = {"PYTHONPATH": ":".join(sys.path)}
