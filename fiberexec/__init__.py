@@ -5,9 +5,10 @@ Importing this package defines names and does nothing else; each is loaded when 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # importing typing would cost a worker more than everything else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from fiberexec._errors import (
         BrokenExecutor,
         ConfigError,

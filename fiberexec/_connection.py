@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from typing import Any
@@ -36,6 +37,7 @@ class Connection:
         self.stream = stream
         self.outbox: deque[Send | tuple[int, bytes, list[Buffer]]] = deque()  # filled under the manager's lock, in order
         self._known: dict[int, None] = {}  # ids of functions that the worker has, oldest first
+        self._told: dict[str, Any] = {}  # see _changes()
         self._lock = threading.Lock()  # guards the stream's sending side: one frame after the other
 
     KEPT = 1024  # functions that a worker keeps
@@ -48,8 +50,7 @@ class Connection:
                     item = self.outbox.popleft()
                     if isinstance(item, Send):
                         item = messages.TASKS, *self._pack(item)
-                    self.stream.queue(*item)
-                    if not self.stream.flush():
+                    if not self.stream.send_some(*item):
                         return False
                 return self.stream.flush()
             except OSError:
@@ -72,6 +73,12 @@ class Connection:
                 known[ref.id] = None
                 functions.append((ref.id, ref.data, len(ref.buffers)))
                 function_buffers += ref.buffers
+            data: bytes | None = payload.data
+            taken = len(payload.buffers)
+            if payload.size >= messages.BULK and len(payload.data) >= messages.BULK:
+                buffers.append(payload.data)
+                data = None
+                taken += 1
             if payload.buffers:
                 buffers += payload.buffers
             units.append(
@@ -83,16 +90,26 @@ class Connection:
                     start,
                     stop,
                     payload.kind,
-                    payload.data,
-                    len(payload.buffers),
+                    data,
+                    taken,
                     _extra(task, send.devices),
                 )
             )
+        changes = self._changes() if functions else None
         while len(known) > self.KEPT and len(known) > len(units):
             oldest = next(iter(known))
             del known[oldest]
             forget.append(oldest)
-        return messages.encode((functions, forget, units)), function_buffers + buffers
+        return messages.encode((functions, forget, units, changes)), function_buffers + buffers
+
+    def _changes(self) -> dict[str, Any] | None:
+        """What has changed in this process since the worker was told, of what a new function may need."""
+        now: dict[str, Any] = {"path": list(sys.path)}
+        if "multiprocessing.managers" in sys.modules:
+            now["authkey"] = bytes(sys.modules["multiprocessing"].current_process().authkey)
+        changed = {name: value for name, value in now.items() if self._told.get(name) != value}
+        self._told.update(changed)
+        return changed or None
 
     def read(self) -> list[Frame]:
         """The frames that have arrived. Raises EOFError, OSError or ProtocolError when no more will come."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import os
 import selectors
 import signal
@@ -24,7 +25,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from fiberexec import _messages as messages
@@ -35,6 +36,7 @@ from fiberexec._futures import load_outcome
 from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._serialize import dump_exception, load_exception
+from fiberexec._states import DELAYED, QUEUED
 from fiberexec._stream import ProtocolError, Stream
 from fiberexec.backends import base
 
@@ -69,7 +71,10 @@ class Manager:
         self._refused = 0  # launches in a row
         self._thread: threading.Thread | None = None
         self._wake_pipe: tuple[int, int] | None = None
+        self._touched: deque[Connection] = deque()  # connections with something in their outbox
         self._full: deque[Connection] = deque()  # what the kernel did not take at once; the manager's thread goes on
+        self._planned = math.inf  # when the manager's thread will wake up by itself
+        self._overslept = False  # that is too late for the scheduler
         self._awake = False  # a byte is in the pipe already
         self._abandoned = False  # nobody can submit any more
         self._ids = 1
@@ -103,13 +108,12 @@ class Manager:
 
     def submit(self, tasks: list[Task]) -> None:
         """Take tasks in. What an idle worker can run now is sent by this very thread."""
-        self.check_open()
         with self._lock:
             if self.scheduler.closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._start()
-            connections = self._handle(ev.Submitted(tasks))
-        self._write(connections)
+            self._handle(ev.Submitted(tasks))
+        self._follow_up()
 
     def start(self) -> None:
         """Start the thread, and the workers that are to be there without a task."""
@@ -120,12 +124,12 @@ class Manager:
         with self._lock:
             if tasks is None:
                 tasks = [t for t in self.scheduler.queue.waiting() if sink is None or t.sink is sink]
-            actions = self.scheduler.handle(ev.Cancelled(tasks), time.monotonic())
-            mine = [action for action in actions if isinstance(action, ev.Fail)]
-            self._deferred += [action for action in actions if not isinstance(action, ev.Fail)]
-        for action in mine:
-            action.task.sink.fail(action.task, None)
-        self.wake()
+            cancelled = [task for task in tasks if task.state in (QUEUED, DELAYED)]
+            self._handle(ev.Cancelled(cancelled))
+        for task in cancelled:
+            task.sink.fail(task, None)
+            task.sink = None
+        self._follow_up()
 
     def terminate(self, task: Task) -> bool:
         """Stop one task; False when its outcome is there."""
@@ -133,7 +137,7 @@ class Manager:
             if task.sink is None or task.sink.done():
                 return False
             self._handle(ev.Terminated(task))
-        self.wake()
+        self._follow_up()
         return True
 
     def terminate_all(self) -> None:
@@ -143,7 +147,7 @@ class Manager:
             for worker in list(self.scheduler.fleet.workers.values()):
                 for unit in list(worker.inflight):
                     self._handle(ev.Terminated(unit.task))
-        self.wake()
+        self._follow_up()
 
     def tell(self, event: Any) -> None:
         """Hand an event to the scheduler; its actions are done by the manager's thread."""
@@ -151,7 +155,7 @@ class Manager:
             if not self.ended:
                 self._start()
                 self._handle(event)
-        self.wake()
+        self._follow_up()
 
     def close(self, wait: bool) -> None:
         """Take no more tasks; end when the last one has its outcome. ``wait``: return when everything is gone."""
@@ -164,7 +168,7 @@ class Manager:
                 self.ended = True
             else:
                 self._handle(ev.Closing())
-        self.wake()
+        self._follow_up()
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join()
 
@@ -210,26 +214,37 @@ class Manager:
             self._thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
             self._thread.start()
 
-    def _handle(self, event: Any) -> list[Connection]:
-        """Let the scheduler take an event. Sends go to the outboxes returned, the rest is deferred."""
-        touched: list[Connection] = []
+    def _handle(self, event: Any) -> None:
+        """Let the scheduler take an event. Sends go to outboxes, in order; the rest is deferred."""
         for action in self.scheduler.handle(event, time.monotonic()):
             if type(action) is ev.Send:
                 connection = self._connections.get(action.worker)
                 if connection is not None:
                     connection.outbox.append(action)
-                    touched.append(connection)
+                    self._touched.append(connection)
             else:
                 self._deferred.append(action)
-        return touched
+        due = self.scheduler.wakeup()
+        if due is not None and due < self._planned:
+            self._planned = due
+            self._overslept = True
 
-    # -- writing, by any thread
+    # -- after the lock, by any thread
 
-    def _write(self, connections: Iterable[Connection]) -> None:
-        full = [connection for connection in connections if not connection.write()]
-        if full or self._deferred:
-            self._full += full
+    def _follow_up(self) -> None:
+        """Write what _handle() has put into outboxes, and let the manager's thread do the rest."""
+        self._write()
+        if self._deferred or self._full or self._overslept:
             self.wake()
+
+    def _write(self) -> None:
+        while self._touched:
+            try:
+                connection = self._touched.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if not connection.write():
+                self._full.append(connection)
 
     # -- the manager's thread
 
@@ -289,20 +304,24 @@ class Manager:
                 events.append(ev.RecallDone(worker, cell.claimed))
         if self._abandoned and not self.scheduler.closing:
             events.append(ev.Closing())
-        touched: dict[int, Connection] = {}
         with self._lock:
             for event in events or (ev.Tick(),):
-                for connection in self._handle(event):
-                    touched[connection.worker] = connection
-        self._write(touched.values())
+                self._handle(event)
+        self._write()
         self._act()
+        for event in events:
+            if type(event) is ev.WorkerEnded:
+                self._forget(event.worker)
         while self._full:
             self._watch(self._full.popleft(), True)
 
     def _timeout(self) -> float | None:
         if self._deferred:
             return 0
-        due = self.scheduler.wakeup()
+        with self._lock:
+            due = self.scheduler.wakeup()
+            self._planned = math.inf if due is None else due
+            self._overslept = False
         if self._recalls and (due is None or self._recalls[0][0] < due):
             due = self._recalls[0][0]
         return None if due is None else max(0.0, due - time.monotonic())
@@ -329,8 +348,9 @@ class Manager:
             for number, count, status, data, taken, seconds in message:
                 outcome: Any = None
                 if status != messages.RECALLED:
-                    outcome = status, data, buffers[position : position + taken] if taken else ()
+                    owned: Any = buffers[position : position + taken] if taken else ()
                     position += taken
+                    outcome = status, owned.pop(0) if data is None else data, owned
                 records.append((number, count, outcome, seconds))
             events.append(ev.Replied(connection.worker, records))
         elif kind == messages.LOG:
@@ -372,7 +392,6 @@ class Manager:
                 if ended is not None:
                     self._read_rest(ended, events)
                 events.append(ev.WorkerEnded(event.worker, event.running, event.exit))
-                self._deferred.append(lambda worker=event.worker: self._forget(worker))
         self._follow_backend()
 
     def _follow_backend(self) -> None:
@@ -444,7 +463,8 @@ class Manager:
             connection = self._connections.get(action.worker)
             if connection is not None:
                 connection.outbox.append((messages.DRAIN, messages.encode(None), []))
-                self._write([connection])
+                self._touched.append(connection)
+                self._write()
         elif isinstance(action, ev.Probe):
             cell = self.backend.probe(action.worker)
             if cell is not None:
@@ -540,7 +560,10 @@ def _at_exit() -> None:
     """Let every executor finish what it was given, as the standard's do when the interpreter ends."""
     global _exiting
     _exiting = True
+    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)  # it is what ends the program
     for manager in list(_managers):
+        if interrupted:
+            manager.terminate_all()
         manager.close(wait=True)
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
-
 from fiberexec._stream import ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 VERSION = 1
 
 # driver -> worker
-SETUP = 1  # dict, see _worker.Setup
-TASKS = 2  # (functions, forget, units)
+SETUP = 1  # dict, see Worker._setup
+TASKS = 2  # (functions, forget, units, changes of the setup | None)
 DRAIN = 3  # finish what is there, then exit
 # worker -> driver
 READY = 10  # (version, python version, pid, host, None | exception of the initializer)
@@ -30,6 +32,8 @@ SIGNAL = 21  # (worker id, signal number, whole group)
 FORKED = 30  # (worker id, pid)
 REFUSED = 31  # (worker id, errno, text)
 EXITED = 32  # (worker id, wait status, last lines of stderr, killed for memory)
+
+BULK = 1 << 16  # bytes: data of this size travels as the first of its own buffers, neither summed nor copied; it is None then
 
 # A unit of TASKS: (number, task id, attempt, function id, start, stop, kind, data, buffers, extra).
 #   Its items have the numbers number .. number + stop - start - 1, in the worker's own count; items of one unit share the
@@ -57,7 +61,7 @@ def encode(message: object) -> bytes:
     return pickle.dumps(message, 5)
 
 
-def decode(body: bytes) -> Any:
+def decode(body: bytes | bytearray) -> Any:
     """What ``body`` says. Raises ProtocolError for anything that encode() does not make."""
     try:
         return _PlainUnpickler(io.BytesIO(body)).load()

@@ -9,7 +9,6 @@ import mmap
 import os
 import socket
 import sys
-import tempfile
 
 LINUX = sys.platform == "linux" and not os.environ.get("FIBEREXEC_PORTABLE")
 
@@ -24,6 +23,8 @@ def make_cells(count: int) -> int:
     if LINUX:
         fd = os.memfd_create("fiberexec-cells", os.MFD_CLOEXEC)
     else:
+        import tempfile
+
         fd, name = tempfile.mkstemp(prefix="fiberexec-cells-")
         os.unlink(name)
     os.ftruncate(fd, max(count * _CELL_BYTES, mmap.PAGESIZE))

@@ -20,16 +20,17 @@ from collections import deque
 from zlib import crc32
 
 Buffer = bytes | bytearray | memoryview
-Frame = tuple[int, bytes, "list[bytes | bytearray]"]  # kind, body, buffers
-_Partial = tuple[int, bytes, "list[int]", "list[bytearray]"]  # a frame that still lacks buffers: kind, body, table, buffers
+Frame = tuple[int, "bytes | bytearray", "list[bytes | bytearray]"]  # kind, body, buffers
+_Partial = tuple[int, "bytes | bytearray", "list[int]", "list[bytearray]"]  # a frame that still lacks buffers: kind, body, table, buffers
 
 MAGIC = b"FX\x01"
 _HEADER = struct.Struct("<3sBIII")
 _CRC = struct.Struct("<I")
-HEADER_SIZE = _HEADER.size + _CRC.size
+_FULL_HEADER = struct.Struct("<3sBIIII")
+HEADER_SIZE = _FULL_HEADER.size
 MAX_BUFFERS = 1 << 20
 MAX_LENGTH = 1 << 40
-_READ = 1 << 18
+_READ = 1 << 16
 _IOV = 512  # below every platform's IOV_MAX
 _DIRECT = 1 << 16  # a buffer of at least this size is read straight into its own memory
 
@@ -55,8 +56,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._scratch = memoryview(bytearray(_READ))
-        self._data = bytearray()  # received, not yet parsed
+        self._data: bytes | bytearray = b""  # received, not yet parsed
         self._partial: _Partial | None = None
         self._target: memoryview | None = None  # the rest of the large buffer that is being read
         self._out: deque[Buffer] = deque()  # packed, not yet sent
@@ -84,6 +84,21 @@ class Stream:
             self._out.extend(pieces)
             while not self.flush():
                 pass
+
+    def send_some(self, kind: int, body: bytes, buffers: list[Buffer] | tuple[Buffer, ...] = ()) -> bool:
+        """Send one frame as far as the kernel takes it now, after what is queued. True when nothing is left."""
+        pieces = pack(kind, body, buffers)
+        if len(pieces) == 1 and not self._out:
+            data = pieces[0]
+            try:
+                sent = self._sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            if sent == len(data):
+                return True
+            pieces[0] = memoryview(data)[sent:]
+        self._out.extend(pieces)
+        return self.flush()
 
     def queue(self, kind: int, body: bytes, buffers: list[Buffer] | tuple[Buffer, ...] = ()) -> None:
         """Add one frame to what flush() sends."""
@@ -132,54 +147,67 @@ class Stream:
             got = self._sock.recv_into(self._target, 0, flags)
             self._target = self._target[got:] if got < len(self._target) else None
         else:
-            got = self._sock.recv_into(self._scratch)
-            self._data += self._scratch[:got]
+            data = self._sock.recv(_READ)
+            got = len(data)
+            self._data = self._data + data if self._data else data  # short: what is long has its own target
         if not got:
             raise EOFError("the stream ended inside a frame" if self._data or self._partial else "the peer has closed")
 
     def _parse(self) -> Frame | None:
-        if self._partial is None:
-            self._partial = self._parse_head()
-        if self._partial is None or self._target is not None:
+        if self._target is not None:
             return None
+        if self._partial is None:
+            if len(self._data) < HEADER_SIZE:
+                if not MAGIC.startswith(self._data[:3]):
+                    raise ProtocolError("the stream carries no fiberexec frames")
+                return None
+            head = self._parse_head()
+            if head is None or not head[2]:
+                return head and (head[0], head[1], [])
+            self._partial = head
         kind, body, table, buffers = self._partial
         data = self._data
+        position = 0
         while len(buffers) < len(table):
             size = table[len(buffers)] >> 1
-            if len(data) >= size:
-                buffers.append(data[:size])
-                del data[:size]
-            elif size >= _DIRECT:
+            if len(data) - position >= size:
+                buffers.append(bytearray(data[position : position + size]))
+                position += size
+                continue
+            if size >= _DIRECT:
                 whole = bytearray(size)
-                whole[: len(data)] = data
+                rest = len(data) - position
+                whole[:rest] = data[position:]
                 buffers.append(whole)
-                self._target = memoryview(whole)[len(data) :]
-                data.clear()
-                return None
-            else:
-                return None
+                self._target = memoryview(whole)[rest:]
+                position = len(data)
+            self._data = data[position:]
+            return None
+        self._data = data[position:]
         self._partial = None
         return kind, body, [bytes(b) if size & 1 else b for b, size in zip(buffers, table, strict=True)]
 
     def _parse_head(self) -> _Partial | None:
         data = self._data
-        if len(data) < HEADER_SIZE:
-            if not MAGIC.startswith(data[:3]):
-                raise ProtocolError("the stream carries no fiberexec frames")
-            return None
-        magic, kind, count, length, crc = _HEADER.unpack_from(data)
-        if magic != MAGIC or _CRC.unpack_from(data, _HEADER.size)[0] != crc32(data[: _HEADER.size]):
+        magic, kind, count, length, crc, head_crc = _FULL_HEADER.unpack_from(data)
+        if magic != MAGIC or head_crc != crc32(data[: _HEADER.size]):
             raise ProtocolError("the stream carries no fiberexec frames, or a damaged one")
         if count > MAX_BUFFERS:
             raise ProtocolError(f"a frame claims {count} buffers")
         end = HEADER_SIZE + 8 * count + length
         if len(data) < end:
+            if end - len(data) >= _DIRECT:
+                self._data = whole = bytearray(end)
+                whole[: len(data)] = data
+                self._target = memoryview(whole)[len(data) :]
             return None
-        content = bytes(memoryview(data)[HEADER_SIZE:end])
-        del data[:end]
+        content = data[HEADER_SIZE:end]
+        self._data = data[end:]
         if crc32(content) != crc:
             raise ProtocolError("a frame is damaged")
-        table = list(struct.unpack_from(f"<{count}Q", content)) if count else []
-        if table and max(table) >> 1 > MAX_LENGTH:
+        if not count:
+            return kind, content, [], []
+        table = list(struct.unpack_from(f"<{count}Q", content))
+        if max(table) >> 1 > MAX_LENGTH:
             raise ProtocolError("a frame claims a buffer that is too large")
         return kind, content[8 * count :], table, []

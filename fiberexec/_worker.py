@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
-    Record = tuple[int, int, int, bytes, int, float]
+    Record = tuple[int, int, int, bytes | None, int, float]
 
 # Words of the cell.
 RUNNING, STARTED, CLAIMED, RECALLED = range(4)  # item's number | monotonic ns | last item claimed | last item recalled
@@ -59,6 +59,7 @@ class Worker:
         self._sending = allocate_lock()  # held by the thread that writes to the stream; nobody waits for it
         self._stopping = False
         self._logging = False
+        self._is_child = False
         self._log_level = 0
         self.unit: tuple[Any, ...] | None = None  # the unit that is being run
 
@@ -73,6 +74,7 @@ class Worker:
             signal.signal(signal.SIGURG, self._nudged)
             signal.siginterrupt(signal.SIGURG, False)
             faulthandler.enable(2)
+            os.register_at_fork(after_in_child=self._forked)
             sys.modules["__main__"] = ModuleType("__main__")
             self._serve()
             self._leave()
@@ -100,7 +102,7 @@ class Worker:
                 return
 
     def _setup(self, setup: dict[str, Any], buffers: list[bytes | bytearray]) -> None:
-        sys.path[:] = setup["path"]
+        self._adapt(setup)
         sys.argv[:] = setup["argv"]
         os.environ.update(setup["env"])
         try:
@@ -126,6 +128,15 @@ class Worker:
         ready = (messages.VERSION, version, os.getpid(), socket.gethostname(), error)
         self._stream.send(messages.READY, messages.encode(ready))
 
+    def _adapt(self, changes: dict[str, Any]) -> None:
+        """Follow the driver in what may change while a worker lives."""
+        if "path" in changes:
+            sys.path[:] = changes["path"]
+        if "authkey" in changes:  # the driver uses multiprocessing's managers: let their proxies connect from here
+            import multiprocessing
+
+            multiprocessing.current_process().authkey = changes["authkey"]
+
     def _leave(self) -> None:
         """What a process does when it ends in order: other threads, then functions registered by tasks."""
         threading = sys.modules.get("threading")
@@ -142,7 +153,9 @@ class Worker:
     # -- running
 
     def _run(self, message: tuple[Any, ...], buffers: list[bytes | bytearray]) -> None:
-        functions, forget, units = message
+        functions, forget, units, changes = message
+        if changes is not None:
+            self._adapt(changes)
         position = 0
         for function_id, data, taken in functions:
             self._functions[function_id] = data, buffers[position : position + taken]
@@ -151,7 +164,8 @@ class Worker:
         for unit in units:
             taken = unit[8]
             self.unit = unit
-            self._run_unit(unit, buffers[position : position + taken] if taken else ())
+            owned: Any = buffers[position : position + taken] if taken else ()
+            self._run_unit(unit, owned.pop(0) if unit[7] is None else unit[7], owned)
             position += taken
         self.unit = None
         self._cell[RUNNING] = 0
@@ -159,8 +173,8 @@ class Worker:
             self._functions.pop(function_id, None)
         self._flush()
 
-    def _run_unit(self, unit: tuple[Any, ...], buffers: Any) -> None:
-        number, _, _, function_id, start, stop, kind, data, _, extra = unit
+    def _run_unit(self, unit: tuple[Any, ...], data: bytes, buffers: Any) -> None:
+        number, _, _, function_id, start, stop, kind, _, _, extra = unit
         if extra is not None and "devices" in extra:
             os.environ["CUDA_VISIBLE_DEVICES"] = extra["devices"]
         timed = extra is not None and "timed" in extra
@@ -217,8 +231,10 @@ class Worker:
         except BaseException as error:
             if self._stopping:
                 raise Stopped from None
+            self._check_forked(error)
             status, data = messages.ERROR, dump_exception(error)
             args = kwargs = value = None
+        self._check_forked(None)
         now = monotonic()
         self._reply(number, 1, status, data, buffers, now - started)
         if now - self._flushed > FLUSH:
@@ -255,7 +271,9 @@ class Worker:
             except BaseException as reason:
                 if self._stopping:
                     raise Stopped from None
+                self._check_forked(reason)
                 error = reason
+            self._check_forked(None)
             done = len(results)
             now = monotonic()
             self._reply_values(number, results, now - began)
@@ -285,9 +303,30 @@ class Worker:
                 self._reply(number, 1, messages.ERROR, dump_exception(error), (), 0.0)
             number += 1
 
+    def _check_forked(self, error: BaseException | None) -> None:
+        """A child that a task forked, and that comes back from the task, is no worker: it ends as a script would."""
+        if not self._is_child:
+            return
+        code: Any = 0
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+    def _forked(self) -> None:
+        self._is_child = True
+
     # -- replying
 
     def _reply(self, number: int, size: int, status: int, data: bytes, buffers: Sequence[Buffer], seconds: float) -> None:
+        if len(data) >= messages.BULK:
+            self._outbox.append(((number, size, status, None, len(buffers) + 1, seconds), (data, *buffers)))
+            self._flush()
+            return
         self._outbox.append(((number, size, status, data, len(buffers), seconds), buffers))
         self._bytes += len(data)
         if self._bytes > FLUSH_BYTES or buffers:

@@ -141,12 +141,14 @@ class Scheduler:
                 self.delayed -= 1
             else:
                 continue
-            self._fail(task, "cancel", ev.CANCELLED)
+            self.open -= task.stop - task.start
+            task.step("cancel")
 
     def _terminated(self, event: ev.Terminated) -> None:
         task = event.task
         if task.state in (QUEUED, DELAYED):
             self._cancelled(ev.Cancelled([task]))
+            self._actions.append(ev.Fail(task, ev.CANCELLED))
         elif task.state is JUDGING:
             task.doom = ev.CANCELLED
         elif task.state is SENT and task.worker is not None:

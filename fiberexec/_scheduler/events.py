@@ -17,7 +17,7 @@ class Submitted(NamedTuple):
 
 
 class Cancelled(NamedTuple):
-    """Tasks that nobody wants any more; those that have been sent go on."""
+    """Tasks that nobody wants any more, and whose sinks know it. Those that have been sent go on."""
 
     tasks: list[Task]
 
