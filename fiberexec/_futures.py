@@ -87,6 +87,12 @@ class FiberFuture(concurrent.futures.Future[T]):
             self.set_running_or_notify_cancel()
 
 
+    def abandon(self, error: BaseException) -> None:
+        """End in a forked child, where the lock may be held by a thread that does not exist."""
+        self._condition = threading.Condition()
+        self.fail(None, error)
+
+
 class MapResults:
     """The results of one map(), stored in segments until the consumer reaches them."""
 
@@ -95,6 +101,7 @@ class MapResults:
         self._segments: dict[int, tuple[int, Any]] = {}  # by the first item's id: number of items, Outcome or exception
         self._arrived = threading.Condition()  # guards _segments and _wanted
         self._wanted = 0
+        self._lost: BaseException | None = None  # no more will come
 
     def expect(self, first: int, count: int) -> None:
         """The next ``count`` items have the ids from ``first`` on."""
@@ -114,6 +121,11 @@ class MapResults:
         """Always false: single items of a map() are not stopped by hand."""
         return False
 
+    def abandon(self, error: BaseException) -> None:
+        """As FiberFuture.abandon()."""
+        self._arrived = threading.Condition()
+        self._lost = error
+
     def put(self, first: int, count: int, what: Any) -> None:
         with self._arrived:
             self._segments[first] = count, what
@@ -126,6 +138,8 @@ class MapResults:
         with self._arrived:
             self._wanted = first
             while first not in self._segments:
+                if self._lost is not None:
+                    raise self._lost
                 rest = None if deadline is None else deadline - time.monotonic()
                 if rest is not None and rest <= 0:
                     raise concurrent.futures.TimeoutError

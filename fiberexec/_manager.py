@@ -94,10 +94,7 @@ class Manager:
     def check_open(self) -> None:
         """Raise what submit() raises for an executor that takes no more tasks."""
         if self.forked_from:
-            raise ForkedError(
-                f"this executor belongs to process {self.forked_from}; process {os.getpid()} was forked from it and must "
-                "make an executor of its own"
-            )
+            raise self._forked_error()
         broken = self.scheduler.broken
         if broken is not None:
             raise _broken(broken)
@@ -216,7 +213,10 @@ class Manager:
 
     def _handle(self, event: Any) -> None:
         """Let the scheduler take an event. Sends go to outboxes, in order; the rest is deferred."""
-        for action in self.scheduler.handle(event, time.monotonic()):
+        actions = self.scheduler.handle(event, time.monotonic())
+        if not actions and type(event) is ev.Submitted:
+            return
+        for action in actions:
             if type(action) is ev.Send:
                 connection = self._connections.get(action.worker)
                 if connection is not None:
@@ -522,6 +522,17 @@ class Manager:
             os.close(pipe[0])
             os.close(pipe[1])
         self._selector.close()
+        reason = self._forked_error()
+        tasks = self.scheduler.queue.waiting()
+        tasks += [unit.task for worker in self.scheduler.fleet.workers.values() for unit in worker.inflight]
+        for sink in {id(task.sink): task.sink for task in tasks if task.sink is not None}.values():
+            sink.abandon(reason)
+
+    def _forked_error(self) -> ForkedError:
+        return ForkedError(
+            f"this executor belongs to process {self.forked_from}; process {os.getpid()} was forked from it and must make "
+            "an executor of its own"
+        )
 
 
 def _broken(reason: BaseException) -> BrokenExecutor:

@@ -84,6 +84,8 @@ class Scheduler:
     # -- after every event
 
     def _progress(self, top_up: bool) -> None:
+        if not top_up and not self.fleet.idle and len(self.fleet.workers) >= self.limits.max_workers:
+            return  # a new task, and nobody who could take it
         for task in self.queue.pop_due(self._now):
             if task.state is DELAYED:
                 task.step("due")
