@@ -1,4 +1,4 @@
-"""Campaigns: small counts unless FIBEREXEC_CAMPAIGN=full. Each prints its seed; FIBEREXEC_SEED repeats a run."""
+"""Campaigns: small counts, unless FIBEREXEC_CAMPAIGN=full. FIBEREXEC_SEED repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""{crash, exit, raise, hang} x {unpickling the task, running it, pickling the result}, by submit() and by map().
+"""{crash, exit, raise, hang} x {unpickling the task, running it, pickling the result}, by submit() and map().
 
 Whatever a task does, it fails alone, with the right exception, and the executor goes on.
 """
@@ -16,7 +16,7 @@ import pytest
 import fiberexec
 from fiberexec import FiberExecutor, PicklingError, TaskTimeout, WorkerLost
 
-LIMIT = 0.1  # seconds that a task which hangs is given
+LIMIT = 0.5  # seconds that a task which hangs is given; a fresh worker may have to import this module first
 BOUND = 30  # seconds after which a future that is not done is a hang
 CRASHES = {
     "segfault": -signal.SIGSEGV,
@@ -129,7 +129,7 @@ def test_a_hostile_task_fails_alone_and_the_executor_goes_on(
 def test_the_neighbours_of_a_hostile_item_are_unharmed(
     executor: FiberExecutor, size: Callable[[int, int], int], stage: str, how: str, place: int
 ) -> None:
-    """One chunk of 16: what comes before is delivered, the exception comes in its place, nobody else is charged."""
+    """One chunk of 16: what comes before is there, the exception is in its place, nobody else is charged."""
     view = executor.options(timeout=LIMIT) if how == "hang" else executor
     for _ in range(size(1, 67)):
         items: list[object] = list(range(16))
@@ -137,7 +137,7 @@ def test_the_neighbours_of_a_hostile_item_are_unharmed(
         results = view.map(work, items, chunksize=16, timeout=BOUND)
         others = view.map(work, range(100, 116), chunksize=16, timeout=BOUND)
         assert [next(results) for _ in range(place)] == [(number, 1) for number in range(place)]
-        with pytest.raises(BaseException) as caught:  # noqa: B017, PT011  SystemExit is one of them
+        with pytest.raises(BaseException) as caught:
             next(results)
         assert_is_right(caught.value, stage, how)
         assert list(others) == [(number, 1) for number in range(100, 116)]
