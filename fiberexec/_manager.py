@@ -14,7 +14,6 @@ Rules:
 
 from __future__ import annotations
 
-import heapq
 import logging
 import math
 import os
@@ -41,7 +40,6 @@ from fiberexec._stream import ProtocolError, Stream
 from fiberexec.backends import base
 
 _logger = logging.getLogger("fiberexec")
-_RECALL_SETTLES = 0.001  # seconds after which a worker's claim is certain to show
 _READS = 16  # of one stream in one turn
 _managers: weakref.WeakSet[Manager] = weakref.WeakSet()
 _exiting = False
@@ -64,7 +62,6 @@ class Manager:
         self._lock = threading.Lock()
         self._deferred: deque[Any] = deque()  # actions for the manager's thread
         self._connections: dict[int, Connection] = {}
-        self._recalls: list[tuple[float, int]] = []
         self._ask_backend = False  # it has something to say
         self._watched: set[int] = set()  # the backend's descriptors
         self._selector: selectors.BaseSelector = selectors.DefaultSelector()
@@ -152,7 +149,8 @@ class Manager:
             if not self.ended:
                 self._start()
                 self._handle(event)
-        self._follow_up()
+        self._write()
+        self.wake()
 
     def close(self, wait: bool) -> None:
         """Take no more tasks; end when the last one has its outcome. ``wait``: return when everything is gone."""
@@ -165,7 +163,7 @@ class Manager:
                 self.ended = True
             else:
                 self._handle(ev.Closing())
-        self._follow_up()
+        self.wake()
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join()
 
@@ -191,7 +189,7 @@ class Manager:
 
     def running_task(self, record: Any) -> int | None:
         """The id of the task that a worker executes now."""
-        cell = self.backend.probe(record.id) if record.inflight else None
+        cell = self.backend.peek(record.id) if record.inflight else None
         if cell is None or not cell.running:
             return None
         with self._lock:
@@ -293,15 +291,10 @@ class Manager:
                     pass
             else:
                 self._ask_backend = True
-        if self._ask_backend:
+        due = self.backend.wakeup()
+        if self._ask_backend or (due is not None and due <= time.monotonic()):
             self._ask_backend = False
             self._poll_backend(events)
-        now = time.monotonic()
-        while self._recalls and self._recalls[0][0] <= now:
-            worker = heapq.heappop(self._recalls)[1]
-            cell = self.backend.probe(worker)
-            if cell is not None:
-                events.append(ev.RecallDone(worker, cell.claimed))
         if self._abandoned and not self.scheduler.closing:
             events.append(ev.Closing())
         with self._lock:
@@ -316,14 +309,15 @@ class Manager:
             self._watch(self._full.popleft(), True)
 
     def _timeout(self) -> float | None:
-        if self._deferred:
+        if self._deferred or self._ask_backend:
             return 0
         with self._lock:
             due = self.scheduler.wakeup()
             self._planned = math.inf if due is None else due
             self._overslept = False
-        if self._recalls and (due is None or self._recalls[0][0] < due):
-            due = self._recalls[0][0]
+        other = self.backend.wakeup()
+        if other is not None and (due is None or other < due):
+            due = other
         return None if due is None else max(0.0, due - time.monotonic())
 
     def _read(self, connection: Connection, events: list[Any]) -> None:
@@ -387,6 +381,10 @@ class Manager:
                 self._refused += 1
                 delay = None if event.final else self._launch_delay(self._refused, event.error)
                 events.append(ev.WorkerRefused(event.worker, event.error, delay))
+            elif isinstance(event, base.Probed):
+                events.append(ev.Probed(event.worker, event.cell.running, event.cell.seconds))
+            elif isinstance(event, base.Recalled):
+                events.append(ev.RecallDone(event.worker, event.claimed))
             else:
                 ended = self._connections.get(event.worker)
                 if ended is not None:
@@ -456,7 +454,6 @@ class Manager:
         elif isinstance(action, ev.Launch):
             self.backend.launch(action.workers)
             self._ask_backend = True
-            self.wake()
         elif isinstance(action, ev.Signal):
             self.backend.signal(action.worker, action.number, action.group)
         elif isinstance(action, ev.Drain):
@@ -466,12 +463,11 @@ class Manager:
                 self._touched.append(connection)
                 self._write()
         elif isinstance(action, ev.Probe):
-            cell = self.backend.probe(action.worker)
-            if cell is not None:
-                self.tell(ev.Probed(action.worker, cell.running, cell.seconds))
+            self.backend.probe(action.worker)
+            self._ask_backend = True
         elif isinstance(action, ev.Recall):
             self.backend.recall(action.worker, action.number)
-            heapq.heappush(self._recalls, (time.monotonic() + _RECALL_SETTLES, action.worker))
+            self._ask_backend = True
         elif isinstance(action, ev.Warn):
             _logger.warning("%s", action.text)
 

@@ -7,7 +7,8 @@ Rules:
 - Every method returns at once; what it starts is reported later by an event, exactly one Ended for each Started.
 - Ended is a fact: the process does not run any more. What cannot be known is not reported (an API that does not answer
   ends no job).
-- Events come from poll(), which the manager calls when a descriptor of fds() is readable, or every few seconds.
+- Events come from poll(), which the manager calls after each call of its own, when a descriptor of fds() is readable, and
+  when wakeup() says so.
 """
 
 from __future__ import annotations
@@ -29,9 +30,17 @@ class Resources(NamedTuple):
         return f"cpu={self.cpu:g}, memory={self.memory / 2**20:g} MiB, gpu={self.gpu}"
 
 
+class Cell(NamedTuple):
+    """What a worker says of itself in shared memory: see _worker."""
+
+    running: int  # the number of the item that it executes, 0 for none
+    seconds: float  # since the running item started; meaningful for items with a time limit
+    claimed: int  # the last item that it has taken on
+
+
 @dataclass(frozen=True)
 class Pool:
-    """Where resources are counted together: a host, or a job. ``devices`` are its GPUs by name."""
+    """Where resources are counted together: a host, or a job. ``devices`` names each of the GPUs in its capacity."""
 
     name: str
     capacity: Resources
@@ -83,19 +92,28 @@ class Ended:
     running: int | None = None
 
 
-JobEvent = Started | Refused | Ended
+@dataclass(frozen=True)
+class Probed:
+    """An answer to probe(): what the worker's cell said, read where the worker is."""
+
+    worker: int
+    cell: Cell
 
 
-class Cell(NamedTuple):
-    """What a worker says of itself in shared memory: see _worker."""
+@dataclass(frozen=True)
+class Recalled:
+    """An answer to recall(): no item after ``claimed``, up to ``number``, will be run."""
 
-    running: int
-    seconds: float  # since the running item started; meaningful for items with a time limit
+    worker: int
+    number: int
     claimed: int
 
 
+JobEvent = Started | Refused | Ended | Probed | Recalled
+
+
 class Backend(Protocol):
-    """The contract. Times are in seconds; all methods are called by the manager's thread alone, except ``limits``."""
+    """The contract. Times are in seconds; ``largest`` and ``peek`` apart, only the manager's thread calls."""
 
     name: str  # as in FiberExecutor(backend=...)
     host: str  # where its workers are, for messages, if that is one place
@@ -107,13 +125,22 @@ class Backend(Protocol):
         """Start one process a worker id. Started or Refused follows for each."""
 
     def signal(self, worker: int, number: int, group: bool) -> None:
-        """Send a signal to a worker's process, or to its group. One that has ended is left alone."""
+        """Send a signal to a worker's process, or to its group. One that has ended is left alone.
 
-    def probe(self, worker: int) -> Cell | None:
-        """What the worker's cell says now; None where it cannot be read (any more)."""
+        SIGKILL to one that has not started gives its launch up: Refused follows, or Started and Ended.
+        """
+
+    def probe(self, worker: int) -> None:
+        """Read the worker's cell. Probed follows, unless the worker ends."""
 
     def recall(self, worker: int, number: int) -> None:
-        """Tell the worker not to start items up to ``number``; what it has claimed shows in probe() 1 ms later."""
+        """Tell the worker not to start items up to ``number``. Recalled follows, unless the worker ends."""
+
+    def peek(self, worker: int) -> Cell | None:
+        """The newest that is known of the worker's cell; may be old, None for nothing. Any thread may ask."""
+
+    def wakeup(self) -> float | None:
+        """When poll() should be called though no descriptor is readable: a time.monotonic(), None for never."""
 
     def fds(self) -> Sequence[int]:
         """Descriptors that become readable when poll() has something to say."""

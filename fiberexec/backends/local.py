@@ -18,11 +18,12 @@ from fiberexec import _platform
 from fiberexec._errors import ConfigError
 from fiberexec._stream import Frame, ProtocolError, Stream, pack
 from fiberexec._worker import CLAIMED, RECALLED, RUNNING, STARTED
-from fiberexec.backends.base import Cell, Ended, Exit, JobEvent, Pool, Refused, Resources, Started
+from fiberexec.backends.base import Cell, Ended, Exit, JobEvent, Pool, Probed, Recalled, Refused, Resources, Started
 
 MAX_WORKERS = 4096
 _SPARE = 64  # cells for workers that are ending while their successors start
 _CLOSE_TIMEOUT = 5.0  # seconds
+_CLAIM_SHOWS = 0.001  # seconds after which what a worker claimed before it saw a recall is certain to show
 
 
 class _Process:
@@ -60,6 +61,7 @@ class LocalBackend:
         self._cells_fd = -1
         self._cells = memoryview(b"")
         self._events: list[JobEvent] = []
+        self._recalls: deque[tuple[float, int, int]] = deque()  # when the answer is due, worker, number
         self._count = count
 
     # -- the contract
@@ -75,7 +77,12 @@ class LocalBackend:
         if worker in self._processes:
             self._tell(messages.SIGNAL, (worker, int(number), group))
 
-    def probe(self, worker: int) -> Cell | None:
+    def probe(self, worker: int) -> None:
+        cell = self.peek(worker)
+        if cell is not None:
+            self._events.append(Probed(worker, cell))
+
+    def peek(self, worker: int) -> Cell | None:
         process = self._processes.get(worker)
         if process is None:
             return None
@@ -87,6 +94,10 @@ class LocalBackend:
         if process is not None:
             self._cell(process.slot)[RECALLED] = number
             self._tell(messages.SIGNAL, (worker, int(signal.SIGURG), False))
+            self._recalls.append((monotonic() + _CLAIM_SHOWS, worker, number))
+
+    def wakeup(self) -> float | None:
+        return self._recalls[0][0] if self._recalls else None
 
     def fds(self) -> Sequence[int]:
         return () if self._control is None else (self._control.fileno(),)
@@ -100,6 +111,11 @@ class LocalBackend:
                 pass
             except (OSError, EOFError, ProtocolError):
                 self._server_gone()
+        while self._recalls and self._recalls[0][0] <= monotonic():
+            _, worker, number = self._recalls.popleft()
+            cell = self.peek(worker)
+            if cell is not None:
+                self._events.append(Recalled(worker, number, cell.claimed))
         events, self._events = self._events, []
         return events
 
