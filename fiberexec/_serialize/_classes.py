@@ -179,13 +179,14 @@ def make_class(token: str, meta: type, name: str, bases: tuple[type, ...], skele
     known = find(token)
     if known is not None:
         return known
-    bases_now = bases
     if any("__init_subclass__" in vars(base) for one in bases for base in one.__mro__ if base is not object):
-        bases_now = (_silencer(bases), *bases)
-    cls: Any = type.__new__(meta, name, bases_now, dict(skeleton))
-    if bases_now is not bases:
-        cls.__bases__ = bases
-    return adopt(cls, token)
+        try:
+            cls: Any = type.__new__(meta, name, (_silencer(bases), *bases), dict(skeleton))
+            cls.__bases__ = bases
+            return adopt(cls, token)
+        except TypeError:
+            pass  # a layout that does not allow it: then the hooks do run, on the skeleton
+    return adopt(type.__new__(meta, name, bases, dict(skeleton)), token)
 
 
 def _silencer(bases: tuple[type, ...]) -> type:

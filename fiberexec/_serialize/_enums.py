@@ -101,7 +101,8 @@ def make_enum(
         base = cls._member_type_
         if not isinstance(carried, _Member):
             carried = _Member(carried, () if base is object else (carried,))
-        member = base.__new__(cls, *carried.base_args)
+        args = () if base.__new__ is object.__new__ else carried.base_args
+        member = base.__new__(cls, *args)
         member._value_ = carried.value
         return member
 

@@ -136,6 +136,8 @@ def _reduce_type_alias(kind: str) -> Callable[[Any, Any], Any]:
     def reduce(pickler: Any, obj: Any) -> Any:
         if by_name(obj, getattr(obj, "__module__", None), obj.__name__):
             return NotImplemented
+        if kind == "TypeAliasType":
+            return make_type_alias, (obj.__name__, obj.__value__, obj.__type_params__)
         if kind == "NewType":
             return make_new_type, (token_of(obj), obj.__module__, obj.__qualname__, obj.__supertype__)
         options = {
@@ -173,6 +175,13 @@ def make_type_var(
     return adopt(made, token)
 
 
+def make_type_alias(name: str, value: Any, parameters: tuple[Any, ...]) -> Any:
+    import typing
+
+    alias: Any = vars(typing)["TypeAliasType"]
+    return alias(name, value, type_params=parameters)
+
+
 def make_new_type(token: str, module: str, qualname: str, supertype: Any) -> Any:
     known = find(token)
     if known is not None:
@@ -185,7 +194,7 @@ def make_new_type(token: str, module: str, qualname: str, supertype: Any) -> Any
     return adopt(made, token)
 
 
-_TYPING = frozenset(["TypeVar", "ParamSpec", "TypeVarTuple", "NewType"])
+_TYPING = frozenset(["TypeVar", "ParamSpec", "TypeVarTuple", "NewType", "TypeAliasType"])
 _DATACLASS_MARKS = frozenset(["_MISSING_TYPE", "_FIELD_BASE", "_HAS_DEFAULT_FACTORY_CLASS", "_KW_ONLY_TYPE"])
 
 

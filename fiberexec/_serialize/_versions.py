@@ -244,6 +244,10 @@ _cache: dict[int, tuple[weakref.ref[Any], list[tuple[Any, Any]], Versions]] = {}
 def cached_versions(fn: Any) -> tuple[Versions, list[tuple[Any, Any]]]:
     """`versions_of`, once per function object and load of the modules; and the modules' specs, which a
     reload replaces."""
+    while isinstance(fn, (functools.partial, types.MethodType)):  # made anew for each call, as a rule
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    if not isinstance(fn, (types.FunctionType, type)):
+        fn = type(fn)
     key = id(fn)
     known = _cache.get(key)
     if (
