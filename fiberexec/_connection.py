@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections import deque
@@ -9,9 +10,10 @@ from typing import Any
 
 from fiberexec import _messages as messages
 from fiberexec._scheduler import Task
+from fiberexec._scheduler import events as ev
 from fiberexec._scheduler.events import Send
-from fiberexec._serialize import FunctionRef
-from fiberexec._stream import Buffer, Frame, Stream
+from fiberexec._serialize import FunctionRef, load_exception
+from fiberexec._stream import Buffer, Stream
 
 
 class Payload:
@@ -111,9 +113,53 @@ class Connection:
         self._told.update(changed)
         return changed or None
 
-    def read(self) -> list[Frame]:
-        """The frames that have arrived. Raises EOFError, OSError or ProtocolError when no more will come."""
-        return self.stream.receive()
+    def receive(self, reads: int | None) -> tuple[list[Any], list[logging.LogRecord], bool]:
+        """What has arrived, as events for the scheduler and records for the log, and whether the stream has ended.
+
+        ``reads`` bounds how often a worker that sends a lot is read; None: until nothing is left.
+        """
+        events: list[Any] = []
+        logs: list[logging.LogRecord] = []
+        try:
+            while reads is None or reads > 0:
+                for kind, body, buffers in self.stream.receive():
+                    self._take(kind, messages.decode(body), buffers, events, logs)
+                if reads is not None:
+                    reads = reads - 1 if self.stream.in_bulk else 0
+        except BlockingIOError:
+            pass
+        except (EOFError, OSError, ValueError, TypeError, LookupError):  # closed, or no worker of ours: see _take()
+            return events, logs, True
+        return events, logs, False
+
+    def _take(self, kind: int, message: Any, buffers: list[Any], events: list[Any], logs: list[logging.LogRecord]) -> None:
+        if kind == messages.RESULTS:
+            records = []
+            position = 0
+            for number, count, status, data, taken, seconds in message:
+                outcome: Any = None
+                if status != messages.RECALLED:
+                    owned: Any = buffers[position : position + taken] if taken else ()
+                    position += taken
+                    outcome = status, owned.pop(0) if data is None else data, owned
+                records.append((number, count, outcome, seconds))
+            events.append(ev.Replied(self.worker, records))
+        elif kind == messages.LOG:
+            from fiberexec._output import log_record
+
+            logs.append(log_record(message, self.worker, self.pid, self.host))
+        elif kind == messages.READY:
+            version, python, self.pid, self.host, error = message
+            mine = "%d.%d" % sys.version_info[:2]
+            reason: BaseException | None = None
+            if (version, python) != (messages.VERSION, mine):
+                reason = RuntimeError(
+                    f"worker {self.pid} on {self.host} runs Python {python} and protocol {version}, the driver Python {mine} "
+                    f"and protocol {messages.VERSION}: use the same versions on both sides"
+                )
+            elif error is not None:
+                reason = load_exception(error)
+            events.append(ev.WorkerReady(self.worker, reason))
 
 
 def _extra(task: Task, devices: tuple[str, ...] | None) -> dict[str, Any] | None:

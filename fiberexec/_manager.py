@@ -28,15 +28,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fiberexec import _messages as messages
-from fiberexec import _retry
+from fiberexec import _outcomes
 from fiberexec._connection import Connection
-from fiberexec._errors import BrokenExecutor, ForkedError, TaskTimeout, WorkerLost
-from fiberexec._futures import load_outcome
 from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
-from fiberexec._serialize import dump_exception, load_exception
 from fiberexec._states import DELAYED, QUEUED
-from fiberexec._stream import ProtocolError, Stream
+from fiberexec._stream import Stream
 from fiberexec.backends import base
 
 _logger = logging.getLogger("fiberexec")
@@ -68,6 +65,7 @@ class Manager:
         self._refused = 0  # launches in a row
         self._thread: threading.Thread | None = None
         self._wake_pipe: tuple[int, int] | None = None
+        self._waking = threading.RLock()  # guards _wake_pipe, which ends with the thread; again by the garbage collector
         self._touched: deque[Connection] = deque()  # connections with something in their outbox
         self._full: deque[Connection] = deque()  # what the kernel did not take at once; the manager's thread goes on
         self._planned = math.inf  # when the manager's thread will wake up by itself
@@ -91,10 +89,10 @@ class Manager:
     def check_open(self) -> None:
         """Raise what submit() raises for an executor that takes no more tasks."""
         if self.forked_from:
-            raise self._forked_error()
+            raise _outcomes.forked(self.forked_from)
         broken = self.scheduler.broken
         if broken is not None:
-            raise _broken(broken)
+            raise _outcomes.broken(broken)
         if self.scheduler.closing or self._abandoned:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if _exiting:
@@ -173,13 +171,13 @@ class Manager:
         self.wake()
 
     def wake(self) -> None:
-        pipe = self._wake_pipe
-        if pipe is not None and not self._awake:
-            self._awake = True
-            try:
-                os.write(pipe[1], b"x")
-            except OSError:
-                pass  # the thread has ended, or is being woken by many
+        with self._waking:
+            if self._wake_pipe is not None and not self._awake:
+                self._awake = True
+                try:
+                    os.write(self._wake_pipe[1], b"x")
+                except BlockingIOError:
+                    pass  # it is being woken by many
 
     def snapshot(self) -> tuple[Any, list[tuple[Any, Connection | None]]]:
         """The scheduler, and every worker's record and connection, for stats() and workers() to read under the lock."""
@@ -268,10 +266,13 @@ class Manager:
             connection.stream.close()
         self._connections.clear()
         self._selector.close()
-        pipe, self._wake_pipe = self._wake_pipe, None
-        if pipe is not None:
-            os.close(pipe[0])
-            os.close(pipe[1])
+        self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        with self._waking:
+            for fd in self._wake_pipe or ():
+                os.close(fd)
+            self._wake_pipe = None
 
     def _turn(self) -> None:
         """Wait, read everything that is there, let the scheduler decide, act."""
@@ -321,50 +322,12 @@ class Manager:
         return None if due is None else max(0.0, due - time.monotonic())
 
     def _read(self, connection: Connection, events: list[Any]) -> None:
-        """Turn what a worker sent into events; a bounded number of reads, so that nobody is starved."""
-        for _ in range(_READS):
-            try:
-                for kind, body, buffers in connection.read():
-                    self._frame(connection, kind, messages.decode(body), buffers, events)
-            except BlockingIOError:
-                return
-            except (EOFError, OSError, ProtocolError):
-                self._unwatch(connection)
-                self.backend.signal(connection.worker, signal.SIGKILL, True)  # its end will be reported
-                return
-            if not connection.stream.in_bulk:
-                return
-
-    def _frame(self, connection: Connection, kind: int, message: Any, buffers: list[Any], events: list[Any]) -> None:
-        if kind == messages.RESULTS:
-            records = []
-            position = 0
-            for number, count, status, data, taken, seconds in message:
-                outcome: Any = None
-                if status != messages.RECALLED:
-                    owned: Any = buffers[position : position + taken] if taken else ()
-                    position += taken
-                    outcome = status, owned.pop(0) if data is None else data, owned
-                records.append((number, count, outcome, seconds))
-            events.append(ev.Replied(connection.worker, records))
-        elif kind == messages.LOG:
-            from fiberexec._output import log_record
-
-            record = log_record(message, connection.worker, connection.pid, connection.host)
-            self._deferred.append(lambda: logging.getLogger(record.name).handle(record))
-        elif kind == messages.READY:
-            version, python, pid, host, error = message
-            mine = "%d.%d" % sys.version_info[:2]
-            reason: BaseException | None = None
-            if (version, python) != (messages.VERSION, mine):
-                reason = RuntimeError(
-                    f"worker {pid} on {host} runs Python {python} and protocol {version}, the driver Python {mine} and "
-                    f"protocol {messages.VERSION}: use the same versions on both sides"
-                )
-            elif error is not None:
-                reason = load_exception(error)
-            connection.pid, connection.host = pid, host
-            events.append(ev.WorkerReady(connection.worker, reason))
+        found, logs, ended = connection.receive(_READS)
+        events += found
+        self._deferred += logs
+        if ended:
+            self._unwatch(connection)
+            self.backend.signal(connection.worker, signal.SIGKILL, True)  # its end will be reported
 
     def _poll_backend(self, events: list[Any]) -> None:
         for event in self.backend.poll():
@@ -388,7 +351,9 @@ class Manager:
             else:
                 ended = self._connections.get(event.worker)
                 if ended is not None:
-                    self._read_rest(ended, events)
+                    found, logs, _ = ended.receive(None)
+                    events += found
+                    self._deferred += logs
                 events.append(ev.WorkerEnded(event.worker, event.running, event.exit))
         self._follow_backend()
 
@@ -402,14 +367,6 @@ class Manager:
         for fd in wanted - self._watched:
             self._selector.register(fd, selectors.EVENT_READ, "backend")
         self._watched = wanted
-
-    def _read_rest(self, connection: Connection, events: list[Any]) -> None:
-        try:
-            while True:
-                for kind, body, buffers in connection.read():
-                    self._frame(connection, kind, messages.decode(body), buffers, events)
-        except (OSError, EOFError, ProtocolError):
-            pass
 
     def _forget(self, worker: int) -> None:
         connection = self._connections.pop(worker, None)
@@ -439,18 +396,22 @@ class Manager:
                 task = action.task
                 task.sink.deliver(task, action.outcome)
                 task.sink = None
-            elif callable(action):
-                action()
+            elif isinstance(action, logging.LogRecord):
+                logging.getLogger(action.name).handle(action)
             else:
                 self._do(action)
 
     def _do(self, action: Any) -> None:
         if isinstance(action, ev.Judge):
-            self._judge(action)
+            task, sink = action.task, action.task.sink
+            event, value, error = _outcomes.judge(action)
+            self.tell(event)
+            if event.delay is None and task.doom is None:
+                sink.settle(task, value, error)
+                task.sink = None
         elif isinstance(action, ev.Fail):
-            task = action.task
-            task.sink.fail(task, None if action.why == ev.CANCELLED else self._error(action))
-            task.sink = None
+            action.task.sink.fail(action.task, self._error(action))
+            action.task.sink = None
         elif isinstance(action, ev.Launch):
             self.backend.launch(action.workers)
             self._ask_backend = True
@@ -471,36 +432,18 @@ class Manager:
         elif isinstance(action, ev.Warn):
             _logger.warning("%s", action.text)
 
-    def _judge(self, action: ev.Judge) -> None:
-        """Ask the task's retry policy, then settle or say when to try again."""
-        task = action.task
-        value: Any = None
-        error: BaseException | None
-        if action.outcome is None:
-            error = self._error(ev.Fail(task, ev.TIMEOUT))
-        else:
-            value, error = load_outcome(action.outcome)
-        last = None if error is None else dump_exception(error)
-        delay, value, error = _retry.judge(task.retry_state, value, error)
-        sink = task.sink
-        self.tell(ev.Judged(task, delay, last))
-        if delay is None and task.doom is None:
-            sink.settle(task, value, error)
-
-    def _error(self, action: ev.Fail) -> BaseException:
+    def _error(self, action: ev.Fail) -> BaseException | None:
         task, why, worker, exit = action
-        name = task.profile.name
+        if why == ev.CANCELLED:
+            return None
         if why == ev.TIMEOUT:
-            limit = task.profile.timeout or 0.0
-            text = f"task {task.id + task.start} ({name}) ran longer than its timeout of {limit:g} s; its worker was stopped"
-            return TaskTimeout(text, task.id + task.start, limit)
+            return _outcomes.timed_out(task)
         if why == ev.BROKEN:
-            broken = self.scheduler.broken
-            assert broken is not None
-            return _broken(broken)
+            assert self.scheduler.broken is not None
+            return _outcomes.broken(self.scheduler.broken)
         connection = self._connections.get(worker or 0)
         host, pid = (connection.host, connection.pid) if connection is not None else (self.backend.host, 0)
-        return _lost(task, exit or base.Exit(), host, pid)
+        return _outcomes.lost(task, exit or base.Exit(), host, pid)
 
     # -- fork
 
@@ -513,54 +456,14 @@ class Manager:
         self.backend.forked()
         for connection in self._connections.values():
             connection.stream.close()
-        pipe, self._wake_pipe = self._wake_pipe, None
-        if pipe is not None:
-            os.close(pipe[0])
-            os.close(pipe[1])
+        self._waking = threading.RLock()
+        self._close_pipe()
         self._selector.close()
-        reason = self._forked_error()
+        reason = _outcomes.forked(self.forked_from)
         tasks = self.scheduler.queue.waiting()
         tasks += [unit.task for worker in self.scheduler.fleet.workers.values() for unit in worker.inflight]
         for sink in {id(task.sink): task.sink for task in tasks if task.sink is not None}.values():
             sink.abandon(reason)
-
-    def _forked_error(self) -> ForkedError:
-        return ForkedError(
-            f"this executor belongs to process {self.forked_from}; process {os.getpid()} was forked from it and must make "
-            "an executor of its own"
-        )
-
-
-def _broken(reason: BaseException) -> BrokenExecutor:
-    if isinstance(reason, BrokenExecutor):
-        error = BrokenExecutor(*reason.args)
-    else:
-        error = BrokenExecutor(f"the executor cannot go on: {reason!r}")
-    error.__cause__ = reason
-    return error
-
-
-def _lost(task: Task, exit: base.Exit, host: str, pid: int) -> WorkerLost:
-    if exit.code is not None and exit.code < 0:
-        try:
-            how = f"was killed by {signal.Signals(-exit.code).name}"
-        except ValueError:
-            how = f"was killed by signal {-exit.code}"
-    else:
-        how = "ended" if exit.code is None else f"exited with code {exit.code}"
-    if exit.reason:
-        how += f" ({exit.reason})"
-    losses = task.infra if exit.infrastructure else task.losses
-    identity = task.id + task.start
-    text = (
-        f"task {identity} ({task.profile.name}) lost {losses} worker{'s' * (losses > 1)} while it was executing; the last "
-        f"one, pid {pid} on {host}, {how}"
-    )
-    if exit.log.strip():
-        text += f". Its last words:\n{exit.log.strip()}"
-    return WorkerLost(
-        text, task_id=identity, host=host, pid=pid, exitcode=exit.code, reason=exit.reason, log=exit.log, losses=losses
-    )
 
 
 def _at_exit() -> None:
