@@ -128,16 +128,6 @@ def _set_revision(cls: type, pins: dict[str, Any], revision: str) -> None:
     _revisions[key] = (weakref.ref(cls, lambda _: _revisions.pop(key, None)), pins, revision)
 
 
-class _Unequal:
-    """A pin that equals no other."""
-
-    __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-
 def _pin(value: Any) -> Any:
     """Something that stays equal as long as `value` is unchanged, and keeps no function or class alive."""
     kind = type(value)
@@ -151,12 +141,14 @@ def _pin(value: Any) -> Any:
         return kind, _pin(value.__func__)
     if kind is property:
         return kind, _pin(value.fget), _pin(value.fset), _pin(value.fdel)
-    try:
-        return pickle.dumps(value, PROTOCOL)  # by name only: code of a value is not looked at
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        return _Unequal()
+    if kind.__module__ not in ("dataclasses", "typing"):
+        try:  # it may be changed in place; classes and functions in it count by their names
+            return pickle.dumps(value, PROTOCOL)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            pass
+    return kind, id(value)
 
 
 class _Ref:

@@ -195,7 +195,7 @@ def make_new_type(token: str, module: str, qualname: str, supertype: Any) -> Any
 
 
 _TYPING = frozenset(["TypeVar", "ParamSpec", "TypeVarTuple", "NewType", "TypeAliasType"])
-_DATACLASS_MARKS = frozenset(["_MISSING_TYPE", "_FIELD_BASE", "_HAS_DEFAULT_FACTORY_CLASS", "_KW_ONLY_TYPE"])
+DATACLASS_MARKS = frozenset(["_MISSING_TYPE", "_FIELD_BASE", "_HAS_DEFAULT_FACTORY_CLASS", "_KW_ONLY_TYPE"])
 
 
 def _reduce_dataclass_mark(pickler: Any, obj: Any) -> Any:
@@ -285,7 +285,7 @@ def learn(kind: type) -> bool:
         REDUCERS[kind] = _reduce_array
     elif module == "typing" and name in _TYPING:
         REDUCERS[kind] = _reduce_type_alias(name)
-    elif module == "dataclasses" and name in _DATACLASS_MARKS:
+    elif module == "dataclasses" and name in DATACLASS_MARKS:
         REDUCERS[kind] = _reduce_dataclass_mark
     else:
         return False

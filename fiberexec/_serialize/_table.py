@@ -14,24 +14,31 @@ hold no function, class or module.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 import weakref
 from collections import OrderedDict
 
 from ._byname import by_name, home_of, module_by_name
+from ._classes import revision_of
 from ._fast import PLAIN, Buffer, PicklingError
 from ._functions import captured_globals, references
+from ._reducers import DATACLASS_MARKS
 from ._versions import Versioned, cached_versions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    # where a value lives, by name or number; the value if it is frozen; else a weak reference to it
+    _Held = tuple[Any, Any, Any]
+
 _MOST_CONTENTS = 1024
 _LARGE_KEY = 64 * 1024
 _MOST_CAPTURED = 200  # beyond this many checks pickling again is no slower
 _MISSING = object()
+_modules = sys.modules
 
 
 class FunctionRef:
@@ -51,66 +58,66 @@ class FunctionRef:
 
 
 class _Entry:
-    """What is known of one function object; `holds` says whether it still stands."""
+    """What is known of one function object; `holds` says whether it still stands. Refers to no namespace: one
+    could hold the function."""
 
-    __slots__ = ("captures", "home", "key", "owner", "ref", "specs")
+    __slots__ = ("captures", "key", "module", "owner", "ref", "specs")
 
-    def __init__(self, owner: weakref.ref[Any], ref: FunctionRef) -> None:
+    def __init__(self, owner: weakref.ref[Any], ref: FunctionRef, captures: _Captures | None) -> None:
         self.owner = owner
         self.ref = ref
-        self.home: dict[str, Any] | None = None  # by name: the globals of its module ...
+        self.captures = captures  # by value
+        self.module = ""  # by name: its module ...
         self.key = ""  # ... and its name there
-        self.captures: _Captures | None = None  # by value
-        self.specs: list[tuple[Any, Any]] = []
+        self.specs: list[
+            tuple[str, Any]
+        ] = []  # the user's modules that it reaches; a reload replaces the spec
 
     def holds(self, fn: Any) -> bool:
         if self.captures is not None:
             if not self.captures.unchanged():
                 return False
-        elif self.home is None or self.home.get(self.key) is not fn:
-            return False
-        for space, spec in self.specs:
-            if space.get("__spec__") is not spec:
+        else:
+            module = _modules.get(self.module)
+            if module is None or module.__dict__.get(self.key) is not fn:
+                return False
+        for name, spec in self.specs:
+            if getattr(_modules.get(name), "__spec__", None) is not spec:
                 return False
         return True
 
 
 class _Captures:
-    """What a by-value function captured, flat: where each value lives and what it was."""
+    """What a by-value function and the functions that it captures captured."""
 
-    __slots__ = ("cells", "classes", "functions", "items", "seen")
+    __slots__ = ("classes", "functions", "seen")
 
     def __init__(self) -> None:
-        # (dictionary, name, value or None, weak reference or None)
-        self.items: list[tuple[dict[str, Any], str, Any, Any]] = []
-        self.cells: list[tuple[Any, Any, Any]] = []
-        self.functions: list[tuple[Any, Any, Any, Any, int]] = []
+        self.functions: list[tuple[Any, ...]] = []  # see add_function
         self.classes: list[tuple[Any, str]] = []
         self.seen: set[int] = set()
 
     def unchanged(self) -> bool:
-        for space, name, value, weak in self.items:
-            if space.get(name, _MISSING) is not (value if weak is None else weak()):
-                return False
-        for cell, value, weak in self.cells:
-            try:
-                if cell.cell_contents is not (value if weak is None else weak()):
-                    return False
-            except ValueError:
-                return False
-        for weak, code, defaults, kwdefaults, attributes in self.functions:
-            fn = weak()
+        for owner, code, defaults, names, cells, others in self.functions:
+            fn = owner()
             if fn is None or fn.__code__ is not code or fn.__defaults__ is not defaults:
                 return False
-            if fn.__kwdefaults__ is not kwdefaults or len(fn.__dict__) != attributes:
+            if (fn.__kwdefaults__ or fn.__dict__ or others) and not _same_others(fn, others):
                 return False
-        if self.classes:
-            from ._classes import revision_of
-
-            for weak, revision in self.classes:
-                cls = weak()
-                if cls is None or revision_of(cls) != revision:
+            get = fn.__globals__.get
+            for name, value, weak in names:
+                if get(name, _MISSING) is not (value if weak is None else weak()):
                     return False
+            for place, value, weak in cells:
+                try:
+                    if fn.__closure__[place].cell_contents is not (value if weak is None else weak()):
+                        return False
+                except ValueError:
+                    return False
+        for weak, revision in self.classes:
+            cls = weak()
+            if cls is None or revision_of(cls) != revision:
+                return False
         return True
 
     def add_function(self, fn: types.FunctionType) -> bool:
@@ -118,72 +125,85 @@ class _Captures:
         if id(fn) in self.seen:
             return True
         self.seen.add(id(fn))
-        if len(self.seen) > _MOST_CAPTURED:
+        if len(self.seen) > _MOST_CAPTURED or not _is_frozen(fn.__defaults__):
             return False
-        if fn.__kwdefaults__ or fn.__dict__ or not _is_frozen(fn.__defaults__):
-            return False
-        self.functions.append((weakref.ref(fn), fn.__code__, fn.__defaults__, fn.__kwdefaults__, 0))
+        names: list[_Held] = []
+        cells: list[_Held] = []
+        others: list[_Held] = []
+        self.functions.append((weakref.ref(fn), fn.__code__, fn.__defaults__, names, cells, others))
         if home_of(fn.__globals__) is None:
             captured = captured_globals(fn)
             for name in references(fn.__code__)[0]:
-                if name not in captured and name not in fn.__globals__:
-                    self.items.append(
-                        (fn.__globals__, name, _MISSING, None)
-                    )  # a built-in, until it is hidden
-                elif name in captured and not self._add(self.items, fn.__globals__, name, captured[name]):
-                    return False
-        for cell in fn.__closure__ or ():
+                if name in captured:
+                    if not self._add(names, name, captured[name]):
+                        return False
+                elif name not in fn.__globals__:
+                    names.append((name, _MISSING, None))  # a built-in, until it is hidden
+        for place, cell in enumerate(fn.__closure__ or ()):
             try:
                 value = cell.cell_contents
             except ValueError:
                 return False
-            if not self._add(self.cells, cell, None, value):
+            if not self._add(cells, place, value):
                 return False
-        return True
+        return all(self._add(others, key, value) for key, value in _others(fn))
 
-    def _add(self, into: list[Any], place: Any, name: str | None, value: Any) -> bool:
-        where = (place,) if name is None else (place, name)
+    def _add(self, into: list[_Held], place: Any, value: Any) -> bool:
         if _is_frozen(value):
-            into.append((*where, value, None))
+            into.append((place, value, None))
             return True
         try:
             weak = weakref.ref(value)
         except TypeError:
             return False
-        into.append((*where, None, weak))
+        into.append((place, None, weak))
         if isinstance(value, types.ModuleType):
             return module_by_name(value.__name__) is value
-        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)) and by_name(
-            value, value.__module__, value.__qualname__
-        ):
+        if type(value) is types.GenericAlias or type(value).__module__ == "typing":
+            return True
+        if not isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+            return False
+        if by_name(value, value.__module__, value.__qualname__):
             return True
         if isinstance(value, types.FunctionType):
             return self.add_function(value)
         return isinstance(value, type) and self._add_class(value)
 
     def _add_class(self, cls: type) -> bool:
-        from ._classes import revision_of
-
-        for one in cls.__mro__:
+        for one in [*cls.__mro__, *type.mro(type(cls))]:
             if id(one) in self.seen or by_name(one, one.__module__, one.__qualname__):
                 continue
             self.seen.add(id(one))
             self.classes.append((weakref.ref(one), revision_of(one)))
             for value in list(vars(one).values()):
-                parts = (
-                    (value.fget, value.fset, value.fdel)
-                    if isinstance(value, property)
-                    else (getattr(value, "__func__", value),)
-                )
+                parts: tuple[Any, ...]
+                if isinstance(value, property):
+                    parts = (value.fget, value.fset, value.fdel)
+                else:
+                    parts = (getattr(value, "__func__", value),)
                 for part in parts:
                     if isinstance(part, types.FunctionType) and not self.add_function(part):
                         return False
-        return type(cls) is type or by_name(type(cls), type(cls).__module__, type(cls).__qualname__)
+        return True
+
+
+def _others(fn: types.FunctionType) -> list[tuple[tuple[str, str], Any]]:
+    found = [(("k", name), value) for name, value in (fn.__kwdefaults__ or {}).items()]
+    found.extend((("d", name), value) for name, value in fn.__dict__.items())
+    return found
+
+
+def _same_others(fn: types.FunctionType, others: list[_Held]) -> bool:
+    now = _others(fn)
+    return len(now) == len(others) and all(
+        key == known and value is (frozen if weak is None else weak())
+        for (key, value), (known, frozen, weak) in zip(now, others)
+    )
 
 
 def _is_frozen(value: Any) -> bool:
     kind = type(value)
-    if kind in PLAIN or value is None:
+    if kind in PLAIN or (kind.__module__ == "dataclasses" and kind.__name__ in DATACLASS_MARKS):
         return True
     return (kind is tuple or kind is frozenset) and len(value) <= 100 and all(map(_is_frozen, value))
 
@@ -210,15 +230,12 @@ class FunctionTable:
     def _pickle(self, fn: Any) -> FunctionRef:
         from ._pickler import dump
 
-        captures = None
+        captures: _Captures | None = None
         stable = False
-        home: dict[str, Any] | None = None
         if isinstance(fn, (types.FunctionType, types.BuiltinFunctionType, type)):
             name = fn.__qualname__
             if by_name(fn, fn.__module__, name):
-                module = module_by_name(fn.__module__)
-                assert module is not None
-                home, stable = vars(module), "." not in name
+                stable = "." not in name
             elif isinstance(fn, types.FunctionType):
                 captures = _Captures()  # before it is pickled: a change meanwhile is noticed at the next look
                 stable = captures.add_function(fn)
@@ -239,9 +256,10 @@ class FunctionTable:
                 owner = weakref.ref(fn, lambda _: entries.pop(key, None))
             except TypeError:
                 return ref
-            entry = _Entry(owner, ref)
-            entry.home, entry.key, entry.captures = home, name, captures
-            entry.specs = [(vars(module), spec) for module, spec in specs]
+            entry = _Entry(owner, ref, captures)
+            if captures is None:
+                entry.module, entry.key = fn.__module__, name
+            entry.specs = [(module.__name__, spec) for module, spec in specs]
             entries[key] = entry
         return ref
 
