@@ -51,9 +51,7 @@ def reduce_class(pickler: Any, cls: type) -> Any:
                 return getattr, (types, alias)
         return NotImplemented
     if any(base.__module__ == "_ctypes" for base in type.mro(type(cls))):
-        raise PicklingError(
-            f"the ctypes type {name} of {module} cannot travel by value: put it into a module"
-        )
+        raise PicklingError(f"the ctypes type {name} of {module} cannot travel by value: put it into a module")
     enum = sys.modules.get("enum")
     if enum is not None and isinstance(cls, enum.EnumMeta):
         from ._enums import reduce_enum
@@ -68,8 +66,7 @@ def reduce_class(pickler: Any, cls: type) -> Any:
 
 def _made_in_c(cls: type) -> bool:
     return any(
-        isinstance(value, _C_MADE) and getattr(value, "__objclass__", None) is cls
-        for value in vars(cls).values()
+        isinstance(value, _C_MADE) and getattr(value, "__objclass__", None) is cls for value in vars(cls).values()
     )
 
 
@@ -113,7 +110,7 @@ def class_state(cls: type) -> tuple[str, dict[str, Any], list[type] | None]:
 
 def revision_of(cls: type) -> str:
     """A name for the present attributes of `cls`; a new one after any change, in a list or dictionary too."""
-    pins = {key: _pin(value) for key, value in attributes(cls).items()}
+    pins = _pins(cls)
     with _lock:
         known = _revisions.get(id(cls))
         if known is not None and known[0]() is cls and known[1] == pins:
@@ -126,6 +123,13 @@ def revision_of(cls: type) -> str:
 def _set_revision(cls: type, pins: dict[str, Any], revision: str) -> None:
     key = id(cls)
     _revisions[key] = (weakref.ref(cls, lambda _: _revisions.pop(key, None)), pins, revision)
+
+
+def _pins(cls: type) -> dict[str, Any]:
+    return {
+        key: id(value) if key.startswith("__dataclass_") else _pin(value)  # those never change, and pickle slowly
+        for key, value in attributes(cls).items()
+    }
 
 
 def _pin(value: Any) -> Any:
@@ -204,4 +208,4 @@ def fill_class(cls: type, state: tuple[str, dict[str, Any], list[type] | None]) 
         _abc_init(cls)
         for one in registered:
             _abc_register(cls, one)
-    _set_revision(cls, {key: _pin(value) for key, value in attributes(cls).items()}, revision)
+    _set_revision(cls, _pins(cls), revision)

@@ -146,9 +146,7 @@ def _path(trail: list[Any], what: str) -> tuple[str, Any]:
 def _step(parent: Any, child: Any) -> str | None:
     """How `parent` holds `child`, as Python would write it; None if it does not."""
     if isinstance(parent, (list, tuple)):
-        for index, value in enumerate(
-            tuple.__iter__(parent) if isinstance(parent, tuple) else list.__iter__(parent)
-        ):
+        for index, value in enumerate(tuple.__iter__(parent) if isinstance(parent, tuple) else list.__iter__(parent)):
             if value is child:
                 return f"[{index}]"
     elif isinstance(parent, dict):

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PLAIN_BASES = (int, float, str, bytes, tuple, complex, bytearray)
-_KEPT = frozenset(
-    ["_generate_next_value_", "_missing_", "_ignore_", "_new_member_", "_use_args_", "_numeric_repr_"]
-)
+_KEPT = frozenset(["_generate_next_value_", "_missing_", "_ignore_", "_new_member_", "_use_args_", "_numeric_repr_"])
 
 
 class _Member:

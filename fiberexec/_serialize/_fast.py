@@ -21,9 +21,7 @@ PROTOCOL = 5
 LARGE = 64 * 1024  # bytes: a top-level `bytes` of this size travels without a copy
 
 # Types whose exact instances run no code of the user's when they are pickled, compared or dropped.
-_SMALL: frozenset[type] = frozenset(
-    [int, float, complex, bool, type(None), str, type(Ellipsis), type(NotImplemented)]
-)
+_SMALL: frozenset[type] = frozenset([int, float, complex, bool, type(None), str, type(Ellipsis), type(NotImplemented)])
 PLAIN: frozenset[type] = _SMALL | {bytes}
 
 _only_small = _SMALL.issuperset

@@ -208,9 +208,7 @@ def _annotations(fn: FunctionType) -> dict[str, Any] | None:
 
 def dump_code(code: CodeType) -> bytes:
     try:
-        return marshal.dumps(
-            code, 2
-        )  # later versions' bytes depend on reference counts: equal code would differ
+        return marshal.dumps(code, 2)  # later versions' bytes depend on reference counts: equal code would differ
     except ValueError:
         return marshal.dumps(code)
 

@@ -91,9 +91,7 @@ def _second_attempt(root: Any, what: str, in_band: bool, error: BaseException) -
         buffers: list[Buffer] = []
         file = io.BytesIO()
         try:
-            FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(
-                root
-            )
+            FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
         except KeyboardInterrupt:
             raise
         except BaseException:

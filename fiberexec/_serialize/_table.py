@@ -69,9 +69,7 @@ class _Entry:
         self.captures = captures  # by value
         self.module = ""  # by name: its module ...
         self.key = ""  # ... and its name there
-        self.specs: list[
-            tuple[str, Any]
-        ] = []  # the user's modules that it reaches; a reload replaces the spec
+        self.specs: list[tuple[str, Any]] = []  # the user's modules that it reaches; a reload replaces the spec
 
     def holds(self, fn: Any) -> bool:
         if self.captures is not None:
@@ -131,7 +129,8 @@ class _Captures:
         cells: list[_Held] = []
         others: list[_Held] = []
         self.functions.append((weakref.ref(fn), fn.__code__, fn.__defaults__, names, cells, others))
-        if home_of(fn.__globals__) is None:
+        home = home_of(fn.__globals__)
+        if home is None:
             captured = captured_globals(fn)
             for name in references(fn.__code__)[0]:
                 if name in captured:
@@ -140,6 +139,8 @@ class _Captures:
                 elif name not in fn.__globals__:
                     names.append((name, _MISSING, None))  # a built-in, until it is hidden
         for place, cell in enumerate(fn.__closure__ or ()):
+            if home in ("dataclasses", "reprlib") and fn.__code__.co_freevars[place] == "repr_running":
+                continue  # the set of what a dataclass's __repr__ is busy with: no matter elsewhere
             try:
                 value = cell.cell_contents
             except ValueError:
@@ -212,9 +213,7 @@ class FunctionTable:
     """Driver side: which content a function is, so that each worker receives it once."""
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.Lock()
-        )  # guards _contents and _next_id; _entries is only touched by single operations
+        self._lock = threading.Lock()  # guards _contents and _next_id; _entries is only touched by single operations
         self._entries: dict[int, _Entry] = {}
         self._contents: OrderedDict[Any, FunctionRef] = OrderedDict()
         self._next_id = 1

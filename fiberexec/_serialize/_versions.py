@@ -49,11 +49,7 @@ def user_module(name: Any) -> types.ModuleType | None:
     known = _user_modules.get(name)
     if known is None or known[0] != file:
         real = os.path.realpath(file) if type(file) is str else ""
-        own = (
-            real.endswith(".py")
-            and not real.startswith(_STDLIB)
-            and not any(part in real for part in _INSTALLED)
-        )
+        own = real.endswith(".py") and not real.startswith(_STDLIB) and not any(part in real for part in _INSTALLED)
         known = _user_modules[name] = (file, own and not name.startswith("fiberexec."))
     return module if known[1] else None
 
@@ -77,9 +73,7 @@ def versions_of(root: Any) -> tuple[Versions, list[types.ModuleType]]:
                 continue  # the standard library's
         waiting.extend(_leads(obj))
     modules = [sys.modules[name] for name in reversed(reached)]
-    return tuple(
-        (name, tuple(sorted(reached[name])), _digest(reached[name])) for name in reversed(reached)
-    ), modules
+    return tuple((name, tuple(sorted(reached[name])), _digest(reached[name])) for name in reversed(reached)), modules
 
 
 def _leads(obj: Any) -> list[Any]:
@@ -105,9 +99,7 @@ def _leads(obj: Any) -> list[Any]:
         except ValueError:
             continue
     return [
-        value
-        for value in found
-        if isinstance(value, (types.FunctionType, type, functools.partial, types.MethodType))
+        value for value in found if isinstance(value, (types.FunctionType, type, functools.partial, types.MethodType))
     ]
 
 
@@ -155,8 +147,7 @@ def _describe(obj: Any, depth: int) -> str:
         return "|".join(
             f"{name}:{_describe(members[name], depth + 1)}"
             for name in sorted(members)
-            if isinstance(members[name], types.FunctionType)
-            or (type(members[name]) in PLAIN and name[:2] != "__")
+            if isinstance(members[name], types.FunctionType) or (type(members[name]) in PLAIN and name[:2] != "__")
         )
     if type(obj) in (tuple, frozenset):
         parts = [_describe(part, depth + 1) for part in obj]
@@ -250,11 +241,7 @@ def cached_versions(fn: Any) -> tuple[Versions, list[tuple[Any, Any]]]:
         fn = type(fn)
     key = id(fn)
     known = _cache.get(key)
-    if (
-        known is not None
-        and known[0]() is fn
-        and all(mod.__dict__.get("__spec__") is spec for mod, spec in known[1])
-    ):
+    if known is not None and known[0]() is fn and all(mod.__dict__.get("__spec__") is spec for mod, spec in known[1]):
         return known[2], known[1]
     versions, modules = versions_of(fn)
     specs = [(module, module.__spec__) for module in modules]

@@ -269,17 +269,13 @@ def test_classes_work_there_as_here(peer: Any) -> None:
         with pytest.raises(TypeError):
             Shape()  # type: ignore[abstract]
         assert Point(1) < Point(2) and dataclasses.replace(Point(1), y=5).y == 5
-        assert dataclasses.fields(Point)[1].metadata["unit"] == "m" and dataclasses.fields(Point)[
-            0
-        ].default is (dataclasses.MISSING)
+        assert dataclasses.fields(Point)[1].metadata["unit"] == "m" and dataclasses.fields(Point)[0].default is (
+            dataclasses.MISSING
+        )
         assert dataclasses.asdict(Point(1)) == {"x": 1, "y": 2, "tags": []}
         with pytest.raises(dataclasses.FrozenInstanceError):
             Slotted(1, "b").a = 2  # type: ignore[misc]
-        assert (
-            Pair(1).total() == 2
-            and Pair(1)._replace(a=5) == (5, "b")
-            and Dynamic(1)._asdict() == {"p": 1, "q": 7}
-        )
+        assert Pair(1).total() == 2 and Pair(1)._replace(a=5) == (5, "b") and Dynamic(1)._asdict() == {"p": 1, "q": 7}
         assert typing.get_type_hints(Movie) and Movie(name="x") == {"name": "x"}
         assert Box[int](3).item == 3 and Box.__parameters__ == (T,)  # type: ignore[attr-defined]
         assert WithMeta().called and WithMeta.options == {"flavour": "x"}  # type: ignore[attr-defined]

@@ -95,9 +95,7 @@ BUILT_IN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "exc", [*BUILT_IN, Extra(3, detail="d"), Path2("/p"), NoArgs(), Told(1, 2)], ids=repr
-)
+@pytest.mark.parametrize("exc", [*BUILT_IN, Extra(3, detail="d"), Path2("/p"), NoArgs(), Told(1, 2)], ids=repr)
 def test_an_exception_comes_back_of_its_class_with_all_that_it_has(peer: Any, exc: BaseException) -> None:
     got = there(peer, exc)
     assert type(got) is type(exc) and got.args == exc.args
@@ -244,18 +242,14 @@ def test_a_class_that_cannot_be_imported_there_is_stood_in_for(peer: Any, tmp_pa
         data = dump_exception(only_here.Here("lost"))
         code = f"from fiberexec._serialize import load_exception; e = load_exception({data!r})\n"
         code += "print(isinstance(e, LookupError), type(e).__name__, e, e.__cause__.tb)"
-        out = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/"
-        )
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
     finally:
         sys.path.remove(str(tmp_path))
         sys.modules.pop("only_here", None)
     assert out.stdout.startswith("True Here lost only_here.Here: lost"), out.stderr
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"junk", pickle.dumps(3), pickle.dumps(("", [])), pickle.dumps(("", [{}]))]
-)
+@pytest.mark.parametrize("data", [b"", b"junk", pickle.dumps(3), pickle.dumps(("", [])), pickle.dumps(("", [{}]))])
 def test_reading_garbage_gives_an_exception_and_raises_none(data: bytes) -> None:
     assert isinstance(load_exception(data), BaseException)
 

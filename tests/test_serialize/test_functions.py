@@ -296,7 +296,5 @@ def test_functions_of_main_run_there_without_running_the_script(tmp_path: Path, 
     command = {"file": [str(path)], "-c": ["-c", script], "stdin": ["-"]}[how]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     given = script if how == "stdin" else ""
-    out = subprocess.run(
-        [sys.executable, *command], input=given, env=env, capture_output=True, text=True, timeout=60
-    )
+    out = subprocess.run([sys.executable, *command], input=given, env=env, capture_output=True, text=True, timeout=60)
     assert out.stdout == "ran\ndone\n", out.stderr

@@ -61,9 +61,7 @@ PATHS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("value", "path"), PATHS, ids=[path for _, path in PATHS])
 def test_the_message_names_the_path_to_what_cannot_travel(value: Any, path: str) -> None:
-    assert message((1, value)).startswith(
-        f"cannot send {path} (a _thread.lock) to another process: TypeError: "
-    )
+    assert message((1, value)).startswith(f"cannot send {path} (a _thread.lock) to another process: TypeError: ")
 
 
 def test_the_path_begins_where_the_value_does() -> None:

@@ -43,9 +43,7 @@ CALLABLES: list[Any] = [
 @pytest.mark.parametrize("fn", CALLABLES, ids=repr)
 def test_equal_content_is_the_same_ref(table: FunctionTable, fn: Any) -> None:
     ref = table.lookup(fn)
-    assert (
-        table.lookup(fn) is ref and type(ref.id) is int and type(ref.data) is bytes and type(ref.name) is str
-    )
+    assert table.lookup(fn) is ref and type(ref.id) is int and type(ref.data) is bytes and type(ref.name) is str
     assert callable(load(ref))
 
 
@@ -92,9 +90,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_captured_is_pickled_again_when_it_changed(
-    peer: Any, table: FunctionTable, change: str
-) -> None:
+def test_what_is_captured_is_pickled_again_when_it_changed(peer: Any, table: FunctionTable, change: str) -> None:
     source, values, then = CHANGES[change]
     space = namespace(source, **values)
     first = table.lookup(space["f"])
@@ -157,6 +153,39 @@ def test_functions_and_classes_are_not_kept_alive(table: FunctionTable) -> None:
     gc.collect()
     assert [ref() for ref in refs] == [None, None]
     assert not table._entries
+
+
+def test_a_closure_that_refers_to_itself_is_not_kept_alive(table: FunctionTable) -> None:
+    def make() -> Any:
+        def again(n: int) -> int:
+            return again(n - 1) if n else 0
+
+        return again
+
+    space = namespace("def f(): return f")
+    made = [make(), space["f"]]
+    assert [table.lookup(fn) for fn in made] == [table.lookup(fn) for fn in made]
+    assert len(table._entries) == 2
+    refs = [weakref.ref(fn) for fn in made]
+    made.clear()
+    space.clear()
+    gc.collect()
+    assert refs[0]() is None and len(table._entries) <= 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "dataclass", "enum", "generic"])
+def test_a_function_that_uses_an_unchanged_class_is_not_pickled_again(table: FunctionTable, kind: str) -> None:
+    source = {
+        "plain": "class C:\n  def m(self): return super().__repr__()",
+        "dataclass": "import dataclasses\n@dataclasses.dataclass(order=True)\nclass C:\n  x: list[int]\n  y: int = 1",
+        "enum": "import enum\nclass C(enum.Enum):\n  A = 1",
+        "generic": "import typing\nT = typing.TypeVar('T')\nclass C(typing.Generic[T]):\n  x: 'T'",
+    }[kind]
+    space = namespace(source + "\ndef f(): return C")
+    ref = table.lookup(space["f"])
+    assert id(space["f"]) in table._entries
+    assert table.lookup(space["f"]) is ref
+    assert FunctionTable().lookup(space["f"]).data == ref.data
 
 
 def test_an_id_is_never_used_again(table: FunctionTable) -> None:

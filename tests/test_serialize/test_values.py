@@ -213,9 +213,7 @@ def test_loading_needs_nothing_heavy() -> None:
         "print(*sorted(set(sys.modules) - before))"
     )
     env = {"PYTHONPATH": ":".join(sys.path)}
-    out = subprocess.run(
-        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=env, timeout=60
-    )
+    out = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=env, timeout=60)
     loaded = out.stdout.split()
     assert "fiberexec._serialize._fast" in loaded, out.stderr
     assert len([name for name in loaded if name.startswith("fiberexec.")]) == 2
