@@ -15,9 +15,8 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from types import EllipsisType
-from typing import Any
+from types import EllipsisType, MappingProxyType
+from typing import Any, NamedTuple
 
 from fiberexec._errors import ConfigError
 
@@ -29,8 +28,7 @@ _MAX_SECONDS = 1e9  # 31 years; what is longer overflows the system's timers
 _MEBIBYTE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What an executor is made with. Times are in seconds, ``memory`` is in bytes, ``cpu`` in cores."""
 
     backend: str = "local"  # where workers run
@@ -47,10 +45,10 @@ class Settings:
     startup_timeout: float = 600.0  # with no worker alive for so long the executor is broken
     driver_timeout: float = 60.0  # a worker elsewhere goes when the driver has been silent for so long
     prefix_output: bool = False  # name worker and task on each line that a task prints
-    env: Mapping[str, str] = field(default_factory=dict)  # variables that workers get on top of the driver's
+    env: Mapping[str, str] = MappingProxyType({})  # variables that workers get on top of the driver's
     ship: tuple[str, ...] = ()  # files and folders that workers elsewhere get
-    backend_options: Mapping[str, Any] = field(default_factory=dict)  # what only this backend knows
-    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # of each value
+    backend_options: Mapping[str, Any] = MappingProxyType({})  # what only this backend knows
+    sources: Mapping[str, str] = MappingProxyType({})  # of each value
 
 
 def load(**arguments: object) -> Settings:

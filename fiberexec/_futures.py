@@ -9,7 +9,6 @@ import concurrent.futures
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiberexec import _messages as messages
@@ -132,8 +131,8 @@ class MapResults:
             if first == self._wanted:
                 self._arrived.notify()
 
-    def take(self, deadline: float | None) -> tuple[int, Iterator[Any]]:
-        """Wait for the next item: how many are there from it on, and their values. Raises the item's exception."""
+    def take(self, deadline: float | None) -> tuple[int, list[Any]]:
+        """Wait for the next item: how many are there from it on, and their values, last first. Raises its exception."""
         first, end = self._groups.popleft()
         with self._arrived:
             self._wanted = first
@@ -153,14 +152,17 @@ class MapResults:
             finally:
                 del what  # no cycle between the exception's traceback and this frame
         if isinstance(what, _Value):
-            return 1, iter((what.value,))
+            return 1, [what.value]
         value, error = load_outcome(what)
         if error is not None:
             try:
                 raise error
             finally:
                 del error
-        return count, iter(value if what[0] == messages.VALUES else (value,))
+        if what[0] != messages.VALUES:
+            return 1, [value]
+        value.reverse()
+        return count, value
 
 
 class _Value:

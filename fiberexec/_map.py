@@ -161,6 +161,7 @@ def _results(mapping: _Mapping, deadline: float | None, group: int, buffersize: 
                 assert buffersize is not None
                 while more and mapping.taken - position + group <= buffersize:
                     more = mapping.submit(group)
-            yield from values
+            while values:  # taken out one by one: nothing is kept here that the consumer has let go
+                yield values.pop()
     finally:
         mapping.cancel()

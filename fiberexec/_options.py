@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fiberexec import _retry
 from fiberexec._errors import ConfigError, ResourceError
@@ -16,8 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _KEPT = 4096  # profiles
 
 
-@dataclass(frozen=True)
-class TaskOptions:
+class TaskOptions(NamedTuple):
     """See FiberExecutor.options()."""
 
     timeout: float | None = None
@@ -38,7 +36,7 @@ class TaskOptions:
             if name in changes and not (name == "gpu" and changes[name] is None):
                 check_int(name, changes[name], least)
         changes = {**changes, **sizes(changes)}
-        return replace(self, **changes)
+        return self._replace(**changes)
 
 
 def check_int(name: str, value: Any, least: int | None) -> None:

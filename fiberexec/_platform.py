@@ -16,6 +16,7 @@ LINUX = sys.platform == "linux" and not os.environ.get("FIBEREXEC_PORTABLE")
 
 CELL_WORDS = 4  # words of 8 bytes in a cell: see RUNNING ... in _worker
 _CELL_BYTES = 8 * CELL_WORDS
+_HUGE = 4 << 20  # bytes
 
 
 def make_cells(count: int) -> int:
@@ -34,6 +35,15 @@ def make_cells(count: int) -> int:
 def map_cells(fd: int) -> memoryview:
     """All cells behind ``fd`` as one view of unsigned 64-bit words, each written and read at once."""
     return memoryview(mmap.mmap(fd, os.fstat(fd).st_size)).cast("Q")
+
+
+def fresh_memory(size: int) -> bytearray | memoryview:
+    """Writable memory for a large buffer; huge pages where there are any, since a page fault costs more than a copy."""
+    if LINUX and size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(memory)
+    return bytearray(size)
 
 
 # -- dying together

@@ -3,7 +3,7 @@
 One frame on the wire:
 
     magic 'FX\\x01' | kind u8 | buffers u32 | body length u32 | crc of table and body u32 | crc of these 16 bytes u32
-    table: one u64 a buffer, length * 2 + (1 if it arrives as bytes, 0 if as a writable bytearray)
+    table: one u64 a buffer, length * 4 + how it arrives: 0 writable memory of any type, 1 bytes, 2 a bytearray
     body
     the buffers' bytes
 
@@ -19,9 +19,11 @@ import struct
 from collections import deque
 from zlib import crc32
 
+from fiberexec import _platform
+
 Buffer = bytes | bytearray | memoryview
-Frame = tuple[int, "bytes | bytearray", "list[bytes | bytearray]"]  # kind, body, buffers
-_Partial = tuple[int, "bytes | bytearray", "list[int]", "list[bytearray]"]  # a frame that still lacks buffers: kind, body, table, buffers
+Frame = tuple[int, "bytes | bytearray", "list[Buffer]"]  # kind, body, buffers
+_Partial = tuple[int, "bytes | bytearray", "list[int]", "list[bytearray | memoryview]"]  # a frame that still lacks buffers: kind, body, table, buffers
 
 MAGIC = b"FX\x01"
 _HEADER = struct.Struct("<3sBIII")
@@ -32,6 +34,7 @@ MAX_BUFFERS = 1 << 20
 MAX_LENGTH = 1 << 40
 _READ = 1 << 16
 _IOV = 512  # below every platform's IOV_MAX
+_ANY, _BYTES, _BYTEARRAY = 0, 1, 2  # how a buffer arrives
 _DIRECT = 1 << 16  # a buffer of at least this size is read straight into its own memory
 
 
@@ -43,12 +46,18 @@ def pack(kind: int, body: bytes, buffers: list[Buffer] | tuple[Buffer, ...] = ()
     """The pieces of one frame, in the order in which they are sent."""
     if buffers:
         views = [b if type(b) is bytes else memoryview(b).cast("B") for b in buffers]
-        body_and_table = struct.pack(f"<{len(views)}Q", *(len(v) * 2 + (type(v) is bytes) for v in views)) + body
+        body_and_table = struct.pack(f"<{len(views)}Q", *(len(v) * 4 + _arrival(v) for v in views)) + body
     else:
         views = []
         body_and_table = body
     head = _HEADER.pack(MAGIC, kind, len(views), len(body), crc32(body_and_table))
     return [head + _CRC.pack(crc32(head)) + body_and_table, *views]
+
+
+def _arrival(view: bytes | memoryview) -> int:
+    if isinstance(view, bytes):
+        return _BYTES
+    return _BYTEARRAY if type(view.obj) is bytearray else _ANY
 
 
 class Stream:
@@ -169,13 +178,13 @@ class Stream:
         data = self._data
         position = 0
         while len(buffers) < len(table):
-            size = table[len(buffers)] >> 1
+            size = table[len(buffers)] >> 2
             if len(data) - position >= size:
                 buffers.append(bytearray(data[position : position + size]))
                 position += size
                 continue
             if size >= _DIRECT:
-                whole = bytearray(size)
+                whole = bytearray(size) if table[len(buffers)] & 3 else _platform.fresh_memory(size)
                 rest = len(data) - position
                 whole[:rest] = data[position:]
                 buffers.append(whole)
@@ -185,7 +194,7 @@ class Stream:
             return None
         self._data = data[position:]
         self._partial = None
-        return kind, body, [bytes(b) if size & 1 else b for b, size in zip(buffers, table, strict=True)]
+        return kind, body, [bytes(b) if entry & _BYTES else b for b, entry in zip(buffers, table, strict=True)]
 
     def _parse_head(self) -> _Partial | None:
         data = self._data
@@ -208,6 +217,6 @@ class Stream:
         if not count:
             return kind, content, [], []
         table = list(struct.unpack_from(f"<{count}Q", content))
-        if max(table) >> 1 > MAX_LENGTH:
+        if max(table) >> 2 > MAX_LENGTH:
             raise ProtocolError("a frame claims a buffer that is too large")
         return kind, content[8 * count :], table, []

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiberexec import _config, _platform, _retry
 from fiberexec import _messages as messages
@@ -29,9 +29,11 @@ from fiberexec._options import Profiles, TaskOptions, check_int
 from fiberexec._scheduler import Limits, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._serialize import FunctionTable, dumps, dumps_call
-from fiberexec._stats import Stats, WorkerInfo
 from fiberexec.backends import registry
 from fiberexec.backends.base import Backend
+
+if TYPE_CHECKING:
+    from fiberexec._stats import Stats, WorkerInfo
 
 T = TypeVar("T")
 _FIRST_DELAY, _LAST_DELAY = 0.1, 10.0  # seconds between launches that fail, doubled each time
@@ -250,6 +252,8 @@ class FiberExecutor(_Submitter):
 
     def stats(self) -> Stats:
         """What is happening, in numbers."""
+        from fiberexec._stats import Stats
+
         scheduler, workers = self._manager.snapshot()
         return Stats(
             queued=scheduler.queue.items,
@@ -266,6 +270,8 @@ class FiberExecutor(_Submitter):
 
     def workers(self) -> list[WorkerInfo]:
         """The workers that are there now."""
+        from fiberexec._stats import WorkerInfo
+
         _, workers = self._manager.snapshot()
         now = time.monotonic()
         found = []
@@ -362,7 +368,9 @@ def _check_standard(
     max_workers: Any, mp_context: Any, initializer: Any, initargs: Any, max_tasks_per_child: Any
 ) -> None:
     if max_workers is not None:
-        check_int("max_workers", max_workers, 1)
+        check_int("max_workers", max_workers, None)
+        if max_workers < 1:
+            raise ConfigError(f"max_workers must be greater than 0, got {max_workers}")
     if mp_context is not None:
         from multiprocessing.context import BaseContext
 

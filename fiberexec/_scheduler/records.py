@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiberexec._states import DONE, QUEUED, STARTING, TASK, WORKER, step
 from fiberexec.backends.base import Pool, Resources
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from fiberexec._scheduler.queue import Lane
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """The numbers that steer a scheduler: times in seconds, sizes in bytes."""
 
     max_workers: int = 1
@@ -23,7 +21,7 @@ class Limits:
     idle_timeout: float | None = None
     startup_timeout: float = 600.0
     max_infrastructure_losses: int = 20
-    max_failed_starts: int = 3  # workers in a row that died before they were ready
+    max_failed_starts: int = 3  # launches in a row whose workers died before they were ready
     grace: float = 2.0  # between SIGTERM and SIGKILL
     long: float = 0.001  # a task that takes longer is never sent ahead
     ahead: float = 0.004  # measured work in flight at one worker, at most; refilled below half of it
@@ -94,6 +92,11 @@ class Task:
         self.retry_state: Any = None
         self.worker: int | None = None  # where it was sent
 
+    @property
+    def count(self) -> int:
+        """How many items."""
+        return self.stop - self.start
+
     def split(self, count: int) -> Task:
         """Take the first ``count`` items off into a task of their own."""
         head = Task(self.id, self.profile, self.payload, self.sink, self.start, self.start + count)
@@ -129,8 +132,8 @@ class WorkerRecord:
     """One worker, from its launch to its end."""
 
     __slots__ = (
+        "alone",
         "backlog",
-        "deadline",
         "devices",
         "heard",
         "held",
@@ -139,14 +142,15 @@ class WorkerRecord:
         "inflight",
         "items",
         "job",
+        "look_at",
         "next_number",
+        "occupied",
         "pool",
         "quota",
         "ready_at",
         "recalling",
         "solo",
         "state",
-        "timed",
     )
 
     def __init__(self, id: int, now: float, quota: int | None) -> None:
@@ -159,15 +163,16 @@ class WorkerRecord:
         self.next_number = 1
         self.backlog = 0.0  # estimated seconds in flight
         self.quota = quota  # items that it may still be given, None: any number
-        self.solo = False  # what it has in flight must stay alone there
+        self.solo = False  # nothing more is sent to it until it has finished
+        self.alone = False  # it runs a suspect, and the rest of its job stays idle
+        self.occupied = False  # something is in flight, or a recall of it under way
         self.held: Resources | None = None  # what its task was promised
         self.devices: tuple[str, ...] = ()  # the GPUs that its process has been bound to
         self.heard = now  # when it last gave a sign
         self.idle_since = now
-        self.ready_at = now
-        self.recalling = 0  # the number up to which a recall is under way
-        self.timed = False  # a check of its time limit is under way
-        self.deadline = 0.0  # when what was asked of it turns into SIGKILL
+        self.ready_at = now  # until it is ready: when it was launched
+        self.recalling = False  # a recall is under way
+        self.look_at = inf  # when its time limits are looked at next
 
     def step(self, event: str) -> None:
         self.state = step(WORKER, self.state, event)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 
@@ -38,8 +37,7 @@ class Cell(NamedTuple):
     claimed: int  # the last item that it has taken on
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """Where resources are counted together: a host, or a job. ``devices`` names each of the GPUs in its capacity."""
 
     name: str
@@ -47,8 +45,7 @@ class Pool:
     devices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """How a worker's process ended.
 
     ``code`` is the exit code (negative: the signal's number; None: unknown), ``reason`` a word such as "OOMKilled" or
@@ -62,8 +59,7 @@ class Exit:
     infrastructure: bool = False
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """A worker's process runs. ``connection`` is the driver's end of its stream."""
 
     worker: int
@@ -74,8 +70,7 @@ class Started:
     job: str
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(NamedTuple):
     """A worker could not be started. ``final`` is true when trying again cannot help."""
 
     worker: int
@@ -83,25 +78,22 @@ class Refused:
     final: bool = False
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """A worker's process has ended. ``running`` is the item that it was executing (0: none; None: nobody knows)."""
 
     worker: int
-    exit: Exit = field(default_factory=Exit)
+    exit: Exit = Exit()
     running: int | None = None
 
 
-@dataclass(frozen=True)
-class Probed:
+class Probed(NamedTuple):
     """An answer to probe(): what the worker's cell said, read where the worker is."""
 
     worker: int
     cell: Cell
 
 
-@dataclass(frozen=True)
-class Recalled:
+class Recalled(NamedTuple):
     """An answer to recall(): no item after ``claimed``, up to ``number``, will be run."""
 
     worker: int
