@@ -116,10 +116,6 @@ class MapResults:
         what = error if error is not None else concurrent.futures.CancelledError()
         self.put(task.id + task.start, task.stop - task.start, what)
 
-    def done(self) -> bool:
-        """Always false: single items of a map() are not stopped by hand."""
-        return False
-
     def abandon(self, error: BaseException) -> None:
         """As FiberFuture.abandon()."""
         self._arrived = threading.Condition()

@@ -32,7 +32,7 @@ from fiberexec import _outcomes
 from fiberexec._connection import Connection
 from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
-from fiberexec._states import DELAYED, QUEUED
+from fiberexec._states import DELAYED, DONE, QUEUED
 from fiberexec._stream import Stream
 from fiberexec.backends import base
 
@@ -61,7 +61,7 @@ class Manager:
         self._connections: dict[int, Connection] = {}
         self._ask_backend = False  # it has something to say
         self._watched: set[int] = set()  # the backend's descriptors
-        self._selector: selectors.BaseSelector = selectors.DefaultSelector()
+        self._selector: selectors.BaseSelector
         self._refused = 0  # launches in a row
         self._thread: threading.Thread | None = None
         self._wake_pipe: tuple[int, int] | None = None
@@ -126,7 +126,7 @@ class Manager:
     def terminate(self, task: Task) -> bool:
         """Stop one task; False when its outcome is there."""
         with self._lock:
-            if task.sink is None or task.sink.done():
+            if task.state is DONE:
                 return False
             self._handle(ev.Terminated(task))
         self._follow_up()
@@ -204,6 +204,8 @@ class Manager:
             os.set_blocking(pipe[0], False)
             os.set_blocking(pipe[1], False)
             self._wake_pipe = pipe
+            self._selector = selectors.DefaultSelector()
+            self._selector.register(pipe[0], selectors.EVENT_READ, None)
             self._thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
             self._thread.start()
 
@@ -245,8 +247,6 @@ class Manager:
     # -- the manager's thread
 
     def _run(self) -> None:
-        assert self._wake_pipe is not None
-        self._selector.register(self._wake_pipe[0], selectors.EVENT_READ, None)
         try:
             while not self.scheduler.finished:
                 self._turn()
@@ -457,8 +457,9 @@ class Manager:
         for connection in self._connections.values():
             connection.stream.close()
         self._waking = threading.RLock()
+        if self._wake_pipe is not None:
+            self._selector.close()
         self._close_pipe()
-        self._selector.close()
         reason = _outcomes.forked(self.forked_from)
         tasks = self.scheduler.queue.waiting()
         tasks += [unit.task for worker in self.scheduler.fleet.workers.values() for unit in worker.inflight]

@@ -92,8 +92,11 @@ class _Submitter(concurrent.futures.Executor):
         """
         if not callable(fn):
             raise TypeError(f"the first argument of map() must be callable, got {fn!r}")
-        if chunksize is not None and chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
+        if chunksize is not None:
+            if isinstance(chunksize, bool) or not isinstance(chunksize, int):
+                raise TypeError("chunksize must be an integer or None")
+            if chunksize < 1:
+                raise ValueError("chunksize must be >= 1.")
         if buffersize is not None:
             if isinstance(buffersize, bool) or not isinstance(buffersize, int):
                 raise TypeError("buffersize must be an integer or None")
