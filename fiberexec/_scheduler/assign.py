@@ -1,11 +1,13 @@
 """Which waiting task goes to which worker.
 
-- A task whose cost is not known, or is more than ``limits.long``, goes alone to an idle worker: nothing waits behind it.
+- A task whose cost is not known, or is more than ``limits.long``, goes alone to an idle worker: nothing waits
+  behind it.
 - Cheap tasks travel in batches, as many as ``limits.ahead`` seconds of measured work allow, but never more than a fair
   share of what waits, so that the workers finish together.
 - A busy worker is sent more when half of that is done, and only when no worker is idle. That is not done for each new
   task, but when a worker has replied: what was submitted meanwhile travels together.
-- Lanes are served by priority. A task that waits for resources keeps tasks of later lanes from taking the same kind.
+- Lanes are served by priority, then by who came first. A task that waits for resources keeps tasks of later lanes from
+  taking the same kind; a suspect that waits for an empty job has one kept free for it.
 """
 
 from __future__ import annotations
@@ -23,27 +25,36 @@ _LEAST = 1e-7  # seconds: nothing is cheaper, whatever was measured
 def assign(queue: Queue, fleet: Fleet, limits: Limits, top_up: bool) -> list[Send]:
     """Move tasks from the queue to workers until one of both has nothing left to give.
 
-    ``top_up`` is false for a submitting thread: it serves idle workers alone, so that what follows it can travel together.
+    ``top_up`` is false for a submitting thread: it serves idle workers alone, so that what follows can travel together.
     """
     sends: list[Send] = []
     blocked = Resources()
-    for lane in queue.lanes:
+    suspects = False
+    for lane in queue.lanes():
         demand = lane.demand
         if demand is not None and _uses(demand, blocked):
             continue
         while (task := lane.head()) is not None:
+            worker = fleet.idle_worker(task)
             if _goes_alone(task, limits):
-                worker = fleet.idle_worker(task)
                 if worker is None:
                     break
                 sends.append(_send_alone(queue, fleet, lane, task, worker))
             else:
-                worker = fleet.idle_worker(task) or (next(iter(fleet.hungry.values()), None) if top_up else None)
+                if worker is None and top_up:
+                    worker = fleet.hungry_worker()
                 if worker is None:
                     break
                 sends.append(_send_batch(queue, fleet, lane, worker, limits))
-        if task is not None and demand is not None and fleet.idle and not fleet.has_room(demand):
-            blocked = Resources(*(max(a, b) for a, b in zip(blocked, demand, strict=True)))
+        if task is None:
+            continue
+        if lane.alone:
+            suspects = True
+            fleet.reserve_job()
+        if demand is not None and fleet.idle and not fleet.has_room(demand):
+            blocked = Resources(*map(max, blocked, demand))
+    if not suspects:
+        fleet.unreserve_job()
     return sends
 
 

@@ -31,12 +31,15 @@ class Fleet:
         self.hungry: dict[int, WorkerRecord] = {}  # busy with measured work, and soon out of it
         self._pools: dict[str, _PoolState] = {}
         self._busy_in_job: dict[str, int] = {}
-        self._closed_jobs: set[str] = set()  # jobs in which a suspect runs alone
+        self._closed_jobs: set[str] = set()  # where a suspect runs alone, or is to run
+        self._reserved: str | None = None  # the one of them that is getting empty for the next suspect
 
     def place(self, worker: WorkerRecord, job: str, pool: Pool) -> None:
         worker.job = job
         worker.pool = pool
-        self._pools.setdefault(pool.name, _PoolState(pool)).workers += 1
+        if pool.name not in self._pools:
+            self._pools[pool.name] = _PoolState(pool)
+        self._pools[pool.name].workers += 1
 
     def idle_worker(self, task: Task) -> WorkerRecord | None:
         """An idle worker that may run this task now, None if there is none."""
@@ -44,11 +47,35 @@ class Fleet:
         if demand is None and not task.alone and not self._closed_jobs:
             return next(reversed(self.idle.values()), None)
         for worker in reversed(self.idle.values()):
-            if worker.job in self._closed_jobs or (task.alone and self._busy_in_job.get(worker.job, 0)):
+            if task.alone:
+                if self._busy_in_job.get(worker.job, 0):
+                    continue
+            elif worker.job in self._closed_jobs:
                 continue
             if demand is None or (self._state(worker).fits(demand) and self._devices_fit(worker, demand)):
                 return worker
         return None
+
+    def hungry_worker(self) -> WorkerRecord | None:
+        """A busy worker that more may be sent to."""
+        for worker in self.hungry.values():
+            if worker.job not in self._closed_jobs:
+                return worker
+        return None
+
+    def reserve_job(self) -> None:
+        """Keep a job free of new tasks, so that a suspect finds one empty even if there is always more to do."""
+        if self._reserved is None or not self._busy_in_job.get(self._reserved, 0):
+            self.unreserve_job()
+            jobs = [job for job in self._busy_in_job if job not in self._closed_jobs]
+            if jobs:
+                self._reserved = min(jobs, key=self._busy_in_job.__getitem__)
+                self._closed_jobs.add(self._reserved)
+
+    def unreserve_job(self) -> None:
+        if self._reserved is not None:
+            self._closed_jobs.discard(self._reserved)
+            self._reserved = None
 
     def has_room(self, demand: Resources) -> bool:
         """Whether any pool has this much free, idle worker or not."""
@@ -57,9 +84,13 @@ class Fleet:
     def occupy(self, worker: WorkerRecord, task: Task) -> None:
         """Note that an idle worker gets this task: takes it off the idle ones and what it needs off the pool."""
         self.idle.pop(worker.id, None)
+        worker.occupied = True
         self._busy_in_job[worker.job] = self._busy_in_job.get(worker.job, 0) + 1
         if task.alone:
+            if worker.job == self._reserved:
+                self._reserved = None
             self._closed_jobs.add(worker.job)
+            worker.alone = True
         demand = task.profile.demand
         if demand is None:
             return
@@ -75,11 +106,16 @@ class Fleet:
                 state.devices.remove(device)
 
     def release(self, worker: WorkerRecord) -> None:
-        """Note that a worker has nothing in flight any more."""
+        """Note that a worker has nothing in flight any more; saying it twice does no harm."""
+        if not worker.occupied:
+            return
+        worker.occupied = False
         self._busy_in_job[worker.job] -= 1
         if not self._busy_in_job[worker.job]:
             del self._busy_in_job[worker.job]
-        self._closed_jobs.discard(worker.job)
+        if worker.alone:
+            worker.alone = False
+            self._closed_jobs.discard(worker.job)
         self.hungry.pop(worker.id, None)
         demand = worker.held
         if demand is not None:
@@ -93,8 +129,7 @@ class Fleet:
 
     def remove(self, worker: WorkerRecord) -> None:
         """Forget a worker that has ended."""
-        if worker.inflight:
-            self.release(worker)
+        self.release(worker)
         self.idle.pop(worker.id, None)
         self.hungry.pop(worker.id, None)
         del self.workers[worker.id]

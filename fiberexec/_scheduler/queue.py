@@ -5,19 +5,21 @@ from __future__ import annotations
 import heapq
 from collections import deque
 
-from fiberexec._scheduler.records import Profile, Task
+from fiberexec._scheduler.records import Task
 from fiberexec._states import QUEUED
 from fiberexec.backends.base import Resources
 
 
 class Lane:
-    """One line, first come first served."""
+    """One line, first come first served. ``alone``: its tasks get a worker, and its job, for themselves."""
 
-    __slots__ = ("demand", "priority", "tasks")
+    __slots__ = ("alone", "demand", "listed", "priority", "tasks")
 
-    def __init__(self, priority: int, demand: Resources | None) -> None:
+    def __init__(self, priority: int, demand: Resources | None, alone: bool) -> None:
         self.priority = priority
         self.demand = demand
+        self.alone = alone
+        self.listed = True  # the queue knows it
         self.tasks: deque[Task] = deque()
 
     def head(self) -> Task | None:
@@ -31,32 +33,33 @@ class Lane:
 
 
 class Queue:
-    """All lanes, most urgent first, and the tasks that wait for their next attempt."""
+    """All lanes, and the tasks that wait for their next attempt."""
 
     def __init__(self) -> None:
-        self.lanes: list[Lane] = []
         self.items = 0  # waiting in lanes
+        self._lanes: dict[tuple[int, Resources | None, bool], Lane] = {}
         self._delayed: list[tuple[float, int, Task]] = []
         self._order = 0
 
-    def lane_of(self, profile: Profile) -> Lane:
-        if profile.lane is None:
-            for lane in self.lanes:
-                if lane.priority == profile.priority and lane.demand == profile.demand:
-                    break
+    def lanes(self) -> list[Lane]:
+        """The lanes with something in them: by priority, then by who came first. Empty ones are forgotten."""
+        lanes = []
+        for key, lane in list(self._lanes.items()):
+            if lane.head() is None:
+                lane.listed = False
+                del self._lanes[key]
             else:
-                lane = Lane(profile.priority, profile.demand)
-                self.lanes.append(lane)
-                self.lanes.sort(key=lambda lane: -lane.priority)
-            profile.lane = lane
-        return profile.lane
+                lanes.append(lane)
+        if len(lanes) > 1:
+            lanes.sort(key=lambda lane: (-lane.priority, lane.tasks[0].id + lane.tasks[0].start))
+        return lanes
 
     def push(self, task: Task) -> None:
-        self.lane_of(task.profile).tasks.append(task)
+        self._lane_of(task).tasks.append(task)
         self.items += task.stop - task.start
 
     def push_front(self, task: Task) -> None:
-        self.lane_of(task.profile).tasks.appendleft(task)
+        self._lane_of(task).tasks.appendleft(task)
         self.items += task.stop - task.start
 
     def delay(self, task: Task, due: float) -> None:
@@ -74,5 +77,18 @@ class Queue:
 
     def waiting(self) -> list[Task]:
         """Every task in a lane or delayed."""
-        found = [task for lane in self.lanes for task in lane.tasks]
+        found = [task for lane in self._lanes.values() for task in lane.tasks]
         return found + [task for _, _, task in self._delayed]
+
+    def _lane_of(self, task: Task) -> Lane:
+        profile = task.profile
+        lane = profile.lane
+        if lane is not None and lane.listed and not task.alone:
+            return lane
+        key = profile.priority, profile.demand, task.alone
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane(*key)
+        if not task.alone:
+            profile.lane = lane
+        return lane

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiberexec._states import DONE, QUEUED, STARTING, TASK, WORKER, step
@@ -75,7 +76,9 @@ class Task:
         "worker",
     )
 
-    def __init__(self, id: int, profile: Profile, payload: Any = None, sink: Any = None, start: int = 0, stop: int = 1) -> None:
+    def __init__(
+        self, id: int, profile: Profile, payload: Any = None, sink: Any = None, start: int = 0, stop: int = 1
+    ) -> None:
         self.id = id  # of item 0; item i has id + i
         self.profile = profile
         self.payload = payload  # opaque here; has .size (bytes) or is None
