@@ -18,13 +18,15 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Collection
+from time import monotonic, sleep
 
 from fiberexec import _messages as messages
 from fiberexec import _platform, _worker
 from fiberexec._stream import Frame, ProtocolError, Stream, pack
 
+_END_TIMEOUT = 2.0  # seconds
 TAIL = 2048  # bytes of stderr that are kept of each worker
-_SETTLE = 0.05  # seconds of quiet before the work that no first task should wait for
 
 
 class _Child:
@@ -57,17 +59,12 @@ class ForkServer:
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
+        self._adopting = False
         self._kills = _platform.memory_kills()
 
     def run(self) -> None:
-        settled = False
         while True:
-            ready = self._poll.poll(None if settled else _SETTLE * 1000)
-            if not ready and not settled:
-                settled = True
-                _platform.adopt_orphans()
-                import logging  # noqa: F401  so that later workers have it for free
-            for fd, _ in ready:
+            for fd, _ in self._poll.poll():
                 if fd == self._control.fileno():
                     try:
                         data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 64)
@@ -90,11 +87,22 @@ class ForkServer:
                         self._mute(child)  # readable and empty: everybody has closed it
 
     def end(self) -> None:
-        """Kill what is left."""
+        """Kill what is left, and what that leaves behind."""
         for child in self._children.values():
             _kill_group(child.pid)
+        deadline = monotonic() + _END_TIMEOUT
+        while monotonic() < deadline:
+            self._sweep(())
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    sleep(0.0005)
+            except ChildProcessError:
+                return
+
+    def _sweep(self, spare: Collection[int]) -> None:
         for pid in _platform.children(os.getpid()):
-            _kill(pid)
+            if pid not in spare:
+                _kill(pid)
 
     def _handle(self, frame: Frame) -> None:
         kind, body, _ = frame
@@ -137,6 +145,10 @@ class ForkServer:
         child = self._children[pid] = self._by_worker[worker] = _Child(worker, pid, read)
         self._poll.register(child.stderr, select.POLLIN)
         self._report(messages.FORKED, (worker, pid))
+        if not self._adopting:  # not before the first worker: it starts meanwhile
+            self._adopting = True
+            _platform.adopt_orphans()
+            import logging  # noqa: F401  so that later workers have it for free
 
     def _become_worker(self, slot: int, fd: int, read: int, write: int) -> None:
         try:
@@ -168,10 +180,10 @@ class ForkServer:
                 break
             if pid == 0:
                 break
+            ended = True
             child = self._children.pop(pid, None)
             if child is None:
-                continue  # an orphan that ended by itself
-            ended = True
+                continue  # an adopted one
             _kill_group(pid)
             self._by_worker.pop(child.worker, None)
             while self._pass_on(child):
@@ -182,9 +194,7 @@ class ForkServer:
             self._kills = kills
             self._report(messages.EXITED, (child.worker, status, child.tail.decode(errors="replace"), for_memory))
         if ended:
-            for pid in _platform.children(os.getpid()):
-                if pid not in self._children:
-                    _kill(pid)  # a descendant of the dead that had left its group
+            self._sweep(self._children)  # descendants of the dead that had left the group
 
     def _mute(self, child: _Child) -> None:
         if child.stderr >= 0:

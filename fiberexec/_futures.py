@@ -86,16 +86,20 @@ class FiberFuture(concurrent.futures.Future[T]):
             self.set_running_or_notify_cancel()
 
 
-    def abandon(self, error: BaseException) -> None:
-        """End in a forked child, where the lock may be held by a thread that does not exist."""
+    def forked(self) -> None:
+        """In a forked child the lock may be held by a thread that does not exist there."""
         self._condition = threading.Condition()
+
+    def abandon(self, error: BaseException) -> None:
+        """End, since nobody is left who could do so in order."""
         self.fail(None, error)
 
 
 class MapResults:
     """The results of one map(), stored in segments until the consumer reaches them."""
 
-    def __init__(self) -> None:
+    def __init__(self, manager: Manager) -> None:
+        self._manager: Manager | None = manager  # as of a FiberFuture that is not done
         self._groups: deque[tuple[int, int]] = deque()  # the ids that are to come, in order: first, one past the last
         self._segments: dict[int, tuple[int, Any]] = {}  # by the first item's id: number of items, Outcome or exception
         self._arrived = threading.Condition()  # guards _segments and _wanted
@@ -116,10 +120,15 @@ class MapResults:
         what = error if error is not None else concurrent.futures.CancelledError()
         self.put(task.id + task.start, task.stop - task.start, what)
 
+    def forked(self) -> None:
+        """As FiberFuture.forked()."""
+        self._arrived = threading.Condition()
+
     def abandon(self, error: BaseException) -> None:
         """As FiberFuture.abandon()."""
-        self._arrived = threading.Condition()
-        self._lost = error
+        with self._arrived:
+            self._lost = error
+            self._arrived.notify_all()
 
     def put(self, first: int, count: int, what: Any) -> None:
         with self._arrived:

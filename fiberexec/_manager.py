@@ -14,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -30,6 +31,7 @@ from typing import Any
 from fiberexec import _messages as messages
 from fiberexec import _outcomes
 from fiberexec._connection import Connection
+from fiberexec._futures import FiberFuture, MapResults
 from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._states import DELAYED, DONE, QUEUED
@@ -252,9 +254,9 @@ class Manager:
                 self._turn()
         except BaseException as error:  # a defect: say so to everyone who waits instead of leaving them waiting
             _logger.critical("the manager thread of a FiberExecutor failed", exc_info=True)
-            with self._lock:
-                self._handle(ev.Broken(error))
-            self._act()
+            self.scheduler.broken = error
+            self.scheduler.closing = True
+            self._abandon_sinks(_outcomes.broken(error), forked=False)
         finally:
             self._end()
 
@@ -460,11 +462,15 @@ class Manager:
         if self._wake_pipe is not None:
             self._selector.close()
         self._close_pipe()
-        reason = _outcomes.forked(self.forked_from)
-        tasks = self.scheduler.queue.waiting()
-        tasks += [unit.task for worker in self.scheduler.fleet.workers.values() for unit in worker.inflight]
-        for sink in {id(task.sink): task.sink for task in tasks if task.sink is not None}.values():
-            sink.abandon(reason)
+        self._abandon_sinks(_outcomes.forked(self.forked_from), forked=True)
+
+    def _abandon_sinks(self, reason: BaseException, *, forked: bool) -> None:
+        """End whatever still waits for this manager, wherever it is: no table can be trusted any more."""
+        for sink in gc.get_objects():
+            if isinstance(sink, (FiberFuture, MapResults)) and sink._manager is self:
+                if forked:
+                    sink.forked()
+                sink.abandon(reason)
 
 
 def _at_exit() -> None:

@@ -23,6 +23,7 @@ from fiberexec import _messages as messages
 from fiberexec._connection import Payload
 from fiberexec._errors import BrokenExecutor, ConfigError
 from fiberexec._futures import FiberFuture
+from fiberexec._initargs import share_locks
 from fiberexec._manager import Manager
 from fiberexec._map import submit_map
 from fiberexec._options import Profiles, TaskOptions, check_int
@@ -326,7 +327,7 @@ class _Setup:
         self._initializer: tuple[bytes, list[Any]] = (b"", [])
         self._has_initializer = initializer is not None
         if initializer is not None:
-            self._initializer = dumps((initializer, initargs))
+            self._initializer = dumps((initializer, share_locks(initargs)))
 
     def __call__(self) -> tuple[bytes, list[Any]]:
         data, buffers = self._initializer
