@@ -44,9 +44,7 @@ def _descriptors() -> dict[str, str]:
     for name in os.listdir(folder):
         try:
             os.fstat(int(name))
-            found[f"descriptor {name}"] = (
-                os.readlink(f"{folder}/{name}") if folder.startswith("/proc") else ""
-            )
+            found[f"descriptor {name}"] = os.readlink(f"{folder}/{name}") if folder.startswith("/proc") else ""
         except OSError:
             continue  # the one that listed the folder
     return found
@@ -55,9 +53,7 @@ def _descriptors() -> dict[str, str]:
 def _names() -> dict[str, str]:
     """Shared memory, sockets and temporary files that have a name like ours."""
     folders = [folder for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())) if folder.is_dir()]
-    return {
-        f"file {path}": "" for folder in folders for path in folder.glob("*") if path.name.startswith(OURS)
-    }
+    return {f"file {path}": "" for folder in folders for path in folder.glob("*") if path.name.startswith(OURS)}
 
 
 def _inventory() -> dict[str, str]:
@@ -65,11 +61,7 @@ def _inventory() -> dict[str, str]:
 
 
 def _left_since(before: dict[str, str]) -> dict[str, str]:
-    return {
-        key: what
-        for key, what in _inventory().items()
-        if before.get(key) != what and not _is_harmless(key, what)
-    }
+    return {key: what for key, what in _inventory().items() if before.get(key) != what and not _is_harmless(key, what)}
 
 
 def _is_harmless(key: str, what: str) -> bool:
@@ -96,9 +88,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         pause = min(2 * pause, 0.1)
         left = _left_since(before)
     if left:
-        pytest.fail(
-            "left behind:\n" + "\n".join(f"  {key}: {what}" for key, what in left.items()), pytrace=False
-        )
+        pytest.fail("left behind:\n" + "\n".join(f"  {key}: {what}" for key, what in left.items()), pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,7 @@ def rows(output: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in output.splitlines()}
 
 
-def test_config_prints_each_value_and_where_it_came_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_prints_each_value_and_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fiberexec.toml").write_text("max_workers = 7\n")
     monkeypatch.setenv("FIBEREXEC_MEMORY", "4Gi")
     result = CliRunner().invoke(main, ["config"])

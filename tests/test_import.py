@@ -60,9 +60,7 @@ def test_import_does_not_load(module: str) -> None:
 
 @pytest.mark.parametrize("module", ["pynng", "dill", "docker", "kubernetes", "tenacity", "click", "numpy"])
 def test_an_executor_does_not_load(module: str) -> None:
-    program = (
-        "import fiberexec\nwith fiberexec.FiberExecutor(1) as ex: assert ex.submit(abs, -1).result() == 1"
-    )
+    program = "import fiberexec\nwith fiberexec.FiberExecutor(1) as ex: assert ex.submit(abs, -1).result() == 1"
     assert module not in loaded(program) - loaded("pass")
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"fiberexec.executor"},
     {"fiberexec._map", "fiberexec._options", "fiberexec._stats"},
     {"fiberexec._manager"},
-    {"fiberexec._connection", "fiberexec._futures", "fiberexec._retry"},
+    {"fiberexec._connection", "fiberexec._futures", "fiberexec._initargs", "fiberexec._outcomes", "fiberexec._retry"},
     {"fiberexec.backends", "fiberexec._hub", "fiberexec._agent", "fiberexec._link"},
     {"fiberexec._forkserver"},
     {"fiberexec._worker", "fiberexec._bundle"},
@@ -65,9 +65,7 @@ def imports(node: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str,
         elif isinstance(child, ast.ImportFrom):
             source = child.module or ""
             if child.level:
-                parts = module.split(".")[
-                    : None if is_package and child.level == 1 else -child.level + is_package
-                ]
+                parts = module.split(".")[: None if is_package and child.level == 1 else -child.level + is_package]
                 source = ".".join(filter(None, [*parts, source]))
             for alias in child.names:
                 full = f"{source}.{alias.name}"

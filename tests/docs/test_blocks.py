@@ -58,9 +58,7 @@ def test_ci_runs_the_command_that_the_readme_gives_for_the_tests() -> None:
 
 
 def test_the_pages_have_blocks() -> None:
-    assert {"README.md", "getting-started.md", "retries.md", "failures.md"} <= {
-        block.page for block in BLOCKS
-    }
+    assert {"README.md", "getting-started.md", "retries.md", "failures.md"} <= {block.page for block in BLOCKS}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
