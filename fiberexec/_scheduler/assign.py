@@ -52,7 +52,8 @@ def assign(queue: Queue, fleet: Fleet, limits: Limits, top_up: bool) -> list[Sen
             suspects = True
             fleet.reserve_job()
         if demand is not None and fleet.idle and not fleet.has_room(demand):
-            blocked = Resources(*map(max, blocked, demand))
+            cpu, memory, gpu = map(max, blocked, demand)
+            blocked = Resources(cpu, int(memory), int(gpu))
     if not suspects:
         fleet.unreserve_job()
     return sends
