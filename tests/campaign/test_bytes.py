@@ -76,7 +76,10 @@ def garbage(rng: random.Random, frame: bytes, bulk: int = 0) -> bytes:
         return rng.randbytes(rng.randint(1, 200))
     if kind == 1:
         return b"FX\x01" + rng.randbytes(rng.randint(0, 200))
-    return mutate(rng, frame, bulk)
+    right = frame[: len(frame) - bulk]
+    while (data := mutate(rng, frame, bulk)).startswith(right):
+        pass  # noise that happens to be what was there
+    return data
 
 
 # -- the stream itself
