@@ -363,12 +363,18 @@ def test_on_a_full_disk_there_are_results_or_an_exception_that_says_so(
 ) -> None:
     folder = tmp_path / "full"
     folder.mkdir()
-    make = (
-        f"mount -t tmpfs -o size=16k none {folder} && mount -t tmpfs -o size=4k none /dev/shm; "
-        f"cat /dev/zero > {folder}/all 2>/dev/null || true; cat /dev/zero > /dev/shm/all 2>/dev/null || true"
-    )
+    make = f"mount -t tmpfs -o size=64k none {folder} && mount -t tmpfs -o size=64k none /dev/shm"
     out = run(
         """
+import tempfile
+assert tempfile.gettempdir() == os.environ["TMPDIR"]
+for place in (tempfile.gettempdir(), "/dev/shm"):
+    with open(place + "/all", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError as error:
+            print("filled", place, error)
 ex = FiberExecutor(2, startup_timeout=1)
 error = None
 try:
