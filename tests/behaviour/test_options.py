@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -70,12 +71,18 @@ def test_higher_priorities_go_first_and_equals_keep_their_order(make_executor: M
     assert board.read("ran") == ["f", "b", "d", "a", "e", "c"]
 
 
+def post_slowly(board: Any, value: int) -> None:
+    """Slow enough not to travel in batches."""
+    time.sleep(0.003)
+    board.post("ran", value)
+
+
 def test_tasks_of_one_priority_run_first_come_first_served_whatever_their_options(make_executor: Make, board: Any) -> None:
     executor = make_executor(1)
     views = [executor, executor.options(timeout=LIMIT), executor.options(cpu=1), executor.options(memory=1), executor]
     held = executor.submit(hold, board)
     board.wait("held")
-    futures = [views[i % 5].submit(board.post, "ran", i) for i in range(20)]
+    futures = [views[i % 5].submit(post_slowly, board, i) for i in range(20)]
     board.post("go")
     concurrent.futures.wait([held, *futures], LIMIT)
     assert board.read("ran") == list(range(20))

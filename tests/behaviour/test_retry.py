@@ -308,7 +308,10 @@ def test_a_thread_that_a_task_starts_belongs_to_the_task(executor: FiberExecutor
 # -- what is refused
 
 
-@pytest.mark.parametrize("wrong", [3, "3", True, stop_after_attempt(3), tenacity.retry, tenacity.AsyncRetrying()], ids=repr)
+NO_POLICY = [3, "3", True, stop_after_attempt(3), tenacity.retry, tenacity.AsyncRetrying()]
+
+
+@pytest.mark.parametrize("wrong", NO_POLICY, ids=lambda wrong: type(wrong).__name__)
 def test_what_is_no_policy_is_refused(executor: FiberExecutor, wrong: Any) -> None:
     with pytest.raises(fiberexec.ConfigError, match="retry"):
         executor.options(retry=wrong)
