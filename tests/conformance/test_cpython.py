@@ -1,17 +1,21 @@
 """CPython's own tests of ``concurrent.futures``, taken from the interpreter that runs this, against FiberExecutor.
 
 Nothing is copied: the test methods are those of ``test.test_concurrent_futures``; only the names that they use for the
-executor and for what surrounds it are exchanged, all in ``FiberMixin``. ``EXCLUDED`` lists what does not apply, ``CHANGED``
-what FiberExecutor promises otherwise. An interpreter that ships no such tests is named and skipped.
+executor and for what surrounds it are exchanged, all in ``FiberMixin``. ``EXCLUDED`` lists what does not apply,
+``CHANGED`` what FiberExecutor promises otherwise. An interpreter that ships no such tests is named and skipped.
 """
 
 from __future__ import annotations
 
+import concurrent.futures.process
 import contextlib
+import gc
 import importlib
 import logging
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import pickle
 import pkgutil
@@ -22,13 +26,14 @@ import types
 import unittest
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
 
 import fiberexec
 from fiberexec import FiberExecutor, WorkerLost
+from fiberexec._serialize._exceptions import RemoteTraceback
 
 try:
     SUITE = importlib.import_module("test.test_concurrent_futures")
@@ -37,9 +42,9 @@ except ImportError as error:
     pytest.skip(f"Python {sys.version.split()[0]} at {sys.base_prefix}: {error}", allow_module_level=True)
 
 # A single module up to Python 3.11, a package after that.
-MODULES = [SUITE] + [
-    importlib.import_module(f"{SUITE.__name__}.{entry.name}") for entry in pkgutil.iter_modules(getattr(SUITE, "__path__", []))
-]
+MODULES = [SUITE]
+for entry in pkgutil.iter_modules(getattr(SUITE, "__path__", [])):
+    MODULES.append(importlib.import_module(f"{SUITE.__name__}.{entry.name}"))
 
 RUN = [
     "ProcessPoolExecutorTest",
@@ -82,6 +87,9 @@ CHANGED: dict[str, tuple[type[BaseException], str]] = {
     "test_exit_during_result_unpickle_in_result_handler": (SystemExit, RESULT),
 }
 
+# test: why it begins with a worker that has started
+WARM = {"test_cancel_futures": "counts on a running task, and until a worker has started none is running"}
+
 
 def find(name: str) -> Any:
     """The class of that name in CPython's tests; None where this version has none."""
@@ -109,26 +117,34 @@ def wait_for(condition: Callable[[], bool], complaint: str) -> None:
 
 
 class Context(multiprocessing.context.SpawnContext):
-    """A start method that the executor ignores; its primitives are a manager's, since workers are no children of multiprocessing."""
+    """A start method, which the executor ignores. What is inherited otherwise is a manager's here, and can be sent."""
 
     manager: Any = None
 
-    def Semaphore(self, value: int = 1) -> Any:  # noqa: N802
+    def Semaphore(self, value: int = 1) -> Any:
         self.manager = self.manager or self.Manager()
         return self.manager.Semaphore(value)
 
+    def close(self) -> None:
+        manager, self.manager = self.manager, None
+        if manager is not None:
+            manager.shutdown()
+
 
 class Adapted(FiberExecutor):
-    """FiberExecutor with the private attributes of ProcessPoolExecutor that the tests look at, made from public ones."""
+    """FiberExecutor with those private attributes of ProcessPoolExecutor that the tests look at."""
 
     @property
     def _processes(self) -> dict[int, Handle]:
         def settled() -> bool:
-            stats = self.stats()
-            return len(self.workers()) >= min(self._max_workers, stats.queued + stats.running)
+            nonlocal workers
+            stats, workers = self.stats(), self.workers()
+            enough = min(self._max_workers, stats.queued + stats.running)
+            return len(workers) >= enough and all(worker.pid for worker in workers)
 
+        workers: list[fiberexec.WorkerInfo] = []
         wait_for(settled, "no workers for the tasks")
-        return {worker.pid: Handle(worker.pid) for worker in self.workers()}
+        return {worker.pid: Handle(worker.pid) for worker in workers}
 
     @property
     def _broken(self) -> bool:
@@ -140,7 +156,7 @@ class Adapted(FiberExecutor):
 
     @property
     def _executor_manager_thread(self) -> Any:
-        return self._manager.thread
+        return self._manager._thread
 
     _call_queue = types.SimpleNamespace(join_thread=lambda: None)
 
@@ -148,20 +164,28 @@ class Adapted(FiberExecutor):
 Adapted.__name__ = "FiberExecutor"  # the tests write it into programs
 
 
-class Futures(types.ModuleType):
-    """The module ``concurrent.futures`` as the tests see it."""
+class Substitute:
+    """A module as the tests see it: some names exchanged."""
 
-    ProcessPoolExecutor = type("FiberExecutor", (Adapted,), {})
+    def __init__(self, module: Any, **names: Any) -> None:
+        self.__dict__.update(names)
+        self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module("concurrent.futures"), name)
+        return getattr(self._module, name)
+
+
+FUTURES = Substitute(
+    concurrent.futures,
+    ProcessPoolExecutor=type("FiberExecutor", (Adapted,), {}),
+    process=Substitute(concurrent.futures.process, _RemoteTraceback=RemoteTraceback),
+)
 
 
 def run_program(*arguments: str) -> Any:
     """Run a program of the tests with FiberExecutor in its place, and with the package under test on its path."""
     option, source = arguments
     source = source.replace("concurrent.futures import FiberExecutor", "fiberexec import FiberExecutor")
-    source = source.replace("if __name__", "import multiprocessing\n            if __name__", 1)
     helper = importlib.import_module("test.support.script_helper")
     return helper.assert_python_ok(option, source, __isolated=False, PYTHONPATH=os.pathsep.join(sys.path))
 
@@ -175,9 +199,17 @@ class QuietMixin:
 
     if sys.version_info < (3, 11):
 
-        def enterContext(self, manager: contextlib.AbstractContextManager[Any]) -> Any:  # noqa: N802
+        def enterContext(self, manager: contextlib.AbstractContextManager[Any]) -> Any:
             self.addCleanup(manager.__exit__, None, None, None)
             return manager.__enter__()
+
+
+class CollectMixin:
+    """Python 3.10 counts a thread that has ended as long as its object waits for the garbage collector."""
+
+    def tearDown(self) -> None:
+        gc.collect()
+        super().tearDown()
 
 
 class FiberMixin(QuietMixin):
@@ -185,21 +217,23 @@ class FiberMixin(QuietMixin):
 
     executor_type = Adapted
     worker_count = 5
-    executor_kwargs: dict[str, Any] = {}
+    executor_kwargs: ClassVar[dict[str, Any]] = {}
     TIMEOUT = 20.0
 
     def setUp(self) -> None:
-        names = {"BrokenProcessPool": WorkerLost, "futures": Futures("futures"), "assert_python_ok": run_program}
+        names = {"BrokenProcessPool": WorkerLost, "futures": FUTURES, "assert_python_ok": run_program}
         for module in MODULES:
             for name in names.keys() & vars(module).keys():
                 self.enterContext(mock.patch.object(module, name, names[name]))
         self.context: Context | None = None
         super().setUp()
+        if self._testMethodName in WARM:
+            self.executor.submit(int).result()
 
     def get_context(self) -> Context:
         if self.context is None:
             self.context = Context()
-            self.addCleanup(lambda: self.context.manager and self.context.manager.shutdown())
+            self.addCleanup(self.context.close)
         return self.context
 
     def tearDown(self) -> None:
@@ -213,7 +247,7 @@ class FiberMixin(QuietMixin):
 
     @contextlib.contextmanager
     def _assert_logged(self, message: str) -> Iterator[None]:
-        """ProcessPoolExecutor logs, in the worker, why an initializer failed; here it is the cause of BrokenExecutor."""
+        """Why an initializer failed is logged by ProcessPoolExecutor's worker; here it is BrokenExecutor's cause."""
         yield
         with self.assertRaises(fiberexec.BrokenExecutor) as caught:
             self.executor.submit(int)
@@ -227,7 +261,8 @@ def adapt(name: str) -> type[unittest.TestCase] | None:
     if tests is None:
         return None
     case = issubclass(tests, unittest.TestCase)
-    bases = (QuietMixin, tests) if case else (FiberMixin, tests, find("ExecutorMixin"), find("BaseTestCase"))
+    fixture = (find("ExecutorMixin"), CollectMixin, find("BaseTestCase"))
+    bases = (QuietMixin, tests) if case else (FiberMixin, tests, *fixture)
     skipped = {
         test: unittest.skip(why)(lambda self: None)
         for key, (_, why) in EXCLUDED.items()
@@ -238,6 +273,14 @@ def adapt(name: str) -> type[unittest.TestCase] | None:
 
 
 globals().update({case.__name__: case for case in map(adapt, RUN) if case})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resource_tracker() -> Iterator[None]:
+    """Managers start multiprocessing's resource tracker, which stays: no single test is to blame for it."""
+    multiprocessing.resource_tracker.ensure_running()
+    yield
+    multiprocessing.util._cleanup_tests()
 
 
 def owners() -> dict[str, set[str]]:

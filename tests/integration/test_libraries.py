@@ -1,7 +1,8 @@
-"""Libraries that take an executor or a ``map``: each gives the answer that it gives without one, computed in the workers."""
+"""Libraries that take an executor or a ``map``: each gives the answer that it gives without one, from the workers."""
 
 from __future__ import annotations
 
+import multiprocessing.resource_tracker
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import pytest
 
 from fiberexec import FiberExecutor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resource_tracker() -> None:
+    """multiprocessing's lock, made by tqdm, starts it, and it stays: no single test is to blame for it."""
+    multiprocessing.resource_tracker.ensure_running()
 
 
 @pytest.fixture
@@ -108,21 +115,28 @@ def test_joblib_inside_a_task_of_the_executor(ex: FiberExecutor) -> None:
     assert ex.submit(work).result() == [0, 1, 2]
 
 
+@pytest.fixture
+def quiet_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the thread that tqdm keeps."""
+    monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)
+
+
+@pytest.mark.usefixtures("quiet_tqdm")
 @pytest.mark.parametrize("chunksize", [1, 7])
 def test_tqdm_process_map(chunksize: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """What ``process_map`` does with ProcessPoolExecutor: it passes its lock in ``initargs`` and replaces ``submit``."""
+    """What ``process_map`` does: it passes its lock in ``initargs`` and replaces ``submit``, to move its bar."""
     concurrent = pytest.importorskip("tqdm.contrib.concurrent")
 
     def work(x: int, y: int) -> int:
         return x * y
 
-    results = concurrent._executor_map(
-        FiberExecutor, work, range(20), range(20), max_workers=2, chunksize=chunksize, lock_name="mp_lock", ascii=True
-    )
+    options = {"max_workers": 2, "chunksize": chunksize, "lock_name": "mp_lock", "ascii": True}
+    results = concurrent._executor_map(FiberExecutor, work, range(20), range(20), **options)
     assert results == [x * x for x in range(20)]
     assert "100%" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quiet_tqdm")
 def test_tqdm_bars_inside_the_tasks() -> None:
     concurrent = pytest.importorskip("tqdm.contrib.concurrent")
 
@@ -142,7 +156,8 @@ def test_scipy_differential_evolution(ex: FiberExecutor) -> None:
     def cost(x: Any) -> float:
         return float(((x - target) ** 2).sum())
 
-    options = dict(bounds=[(-1, 1)] * 2, updating="deferred", maxiter=5, popsize=5, seed=7, polish=False)
+    options: dict[str, Any] = {"bounds": [(-1, 1)] * 2, "maxiter": 5, "popsize": 5, "seed": 7}
+    options.update(updating="deferred", polish=False)
     serial = optimize.differential_evolution(cost, **options)
     parallel = optimize.differential_evolution(cost, workers=ex.map, **options)
     assert parallel.x.tolist() == serial.x.tolist()

@@ -1,4 +1,4 @@
-"""Real programs as subprocesses: run one to its end, or talk to it while it runs, and find every process that it leaves behind."""
+"""Real programs as subprocesses: run one to its end, or talk to it while it runs, and find every process it leaves."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ def marked(mark: str) -> dict[int, str]:
 
 
 class Program:
-    """A program in a session of its own. ``out`` and ``err`` grow while it runs; ``code`` is its exit code after ``wait()``."""
+    """A program in a session of its own. ``out`` grows while it runs; ``wait()`` sets ``code`` and ``err``."""
 
-    def __init__(self, argv: Sequence[str], cwd: Path, stdin: str | None, stderr: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, argv: Sequence[str], cwd: Path, stdin: str | None, stderr: Path, env: dict[str, str]
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.out = ""
         self.err = ""
@@ -112,13 +114,14 @@ class Program:
         except subprocess.TimeoutExpired:
             state = marked(self.mark)
             self.kill()
-            raise AssertionError(f"still running after {within} s: {state}\nstdout:\n{self.out}\nstderr:\n{self.err}") from None
+            texts = f"stdout:\n{self.out}\nstderr:\n{self.err}"
+            raise AssertionError(f"still running after {within} s: {state}\n{texts}") from None
         finally:
             self.err = self._stderr.read_text()
         return self
 
     def finish(self, but: Sequence[int] = ()) -> Program:
-        """Wait for the program's end, assert that no process is left (but those named) and read its output to the end."""
+        """Wait for the program's end, assert that no process is left (but those named), read its output to the end."""
         self.wait()
         left = self.left(but)
         assert not left, f"left behind: {left}\nstdout:\n{self.out}\nstderr:\n{self.err}"
@@ -149,7 +152,7 @@ Start = Callable[..., Program]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """``start(*arguments, stdin=, cwd=, flags=, **environment)`` starts this interpreter; whatever is left is killed at the end."""
+    """``start(*arguments, stdin=, cwd=, flags=, **environment)`` starts this interpreter; what is left is killed."""
     programs: list[Program] = []
 
     def start_program(

@@ -1,4 +1,4 @@
-"""How a program ends: its work is finished first where the standard says so, and no process outlives it, whatever happens."""
+"""How a program ends: its work is finished first where the standard says so, and no process ever outlives it."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_a_signal_that_ends_the_driver_leaves_no_process(number: signal.Signals,
 
 
 def test_a_driver_killed_while_its_forked_child_lives_on(script: Script) -> None:
-    """The child holds every descriptor that the driver had, so the workers must notice the driver's death by other means."""
+    """The child holds every descriptor of the driver, so that no pipe tells the workers of the driver's death."""
     fork = "os.fork() == 0 and (print(f'child {os.getpid()}.', flush=True), time.sleep(600))"
     program = script(HEAD + TASKS + BLOCK.format(task="deaf", wait=f"{fork}\n    futures[0].result()"))
     program.expect("running", times=2)

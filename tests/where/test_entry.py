@@ -1,4 +1,4 @@
-"""The same program gives the same answer however it is started; ``__main__`` is never run again, so it needs no guard."""
+"""The same program gives the same answer however it is started; ``__main__`` is never run again: no guard."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_interactive_interpreter_fed_by_a_pipe(start: Start) -> None:
 
 
 def test_the_interactive_interpreter_on_a_terminal(start: Start, tmp_path: Path) -> None:
-    """A terminal of its own: the program here is a small shell that types into the interpreter and shows what it prints."""
+    """The program here is a small terminal that types into the interpreter and shows what it prints."""
     (tmp_path / "terminal.py").write_text(
         "import os, pty, sys\n"
         "pid, terminal = pty.fork()\n"

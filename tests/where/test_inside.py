@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-# name: (the program, what it must print); each must also end with exit code 0, write nothing to stderr and leave no process.
+# name: (the program, what it must print). It must also exit with 0, write nothing to stderr and leave no process.
 PROGRAMS: dict[str, tuple[str, str]] = {}
 
 PROGRAMS["made, used and shut down in a thread"] = (
