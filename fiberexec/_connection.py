@@ -137,6 +137,8 @@ class Connection:
             records = []
             position = 0
             for number, count, status, data, taken, seconds in message:
+                if not (count >= 1 and taken >= 0 and seconds >= 0):
+                    raise ValueError("a record that no worker writes")
                 outcome: Any = None
                 if status != messages.RECALLED:
                     owned: Any = buffers[position : position + taken] if taken else ()

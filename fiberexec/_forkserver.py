@@ -6,19 +6,20 @@ Rules:
 - One thread, no module of the user's: forking is safe, and a worker starts as clean as a fresh interpreter.
 - When the control stream ends the driver has gone: every worker's group is killed, then the fork server ends.
 - A worker's group is killed when the worker has ended, and so are orphans that left the group.
+- The driver waits for the first worker, so modules that cost milliseconds (enum, re, socket) are not loaded before it.
 - The last lines that a worker wrote to stderr are kept for the report; all of it is passed on.
 """
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]
 import gc
 import os
 import select
-import signal
-import socket
 import sys
-from collections import deque
-from collections.abc import Collection
+from _collections import deque
+from _collections_abc import Collection
+from _socket import socket
 from time import monotonic, sleep
 
 from fiberexec import _messages as messages
@@ -42,7 +43,7 @@ class _Child:
 class ForkServer:
     """See the module's description. ``run()`` returns when the driver has gone or said goodbye."""
 
-    def __init__(self, control: socket.socket, cells: int, lifeline: int) -> None:
+    def __init__(self, control: socket, cells: int, lifeline: int) -> None:
         self._control = control
         self._stream = Stream(control)
         self._cells = _platform.map_cells(cells)
@@ -67,7 +68,7 @@ class ForkServer:
             for fd, _ in self._poll.poll():
                 if fd == self._control.fileno():
                     try:
-                        data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 64)
+                        data, fds = _platform.receive_fds(self._control, 1 << 16, 64)
                     except OSError:
                         data, fds = b"", []
                     self._sockets += fds
@@ -165,7 +166,7 @@ class ForkServer:
             self._control.close()
             size = _platform.CELL_WORDS
             cell = self._cells[slot * size : (slot + 1) * size]
-            _worker.Worker(socket.socket(fileno=fd), cell).main()
+            _worker.Worker(socket(fileno=fd), cell).main()
         except BaseException as error:  # a worker that cannot start must not go on as a second fork server
             os.write(2, f"fiberexec: a worker could not start: {error!r}\n".encode(errors="replace"))
         finally:
@@ -237,7 +238,7 @@ def main(control: int, cells: int, lifeline: int) -> None:
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    server = ForkServer(socket.socket(fileno=control), cells, lifeline)
+    server = ForkServer(socket(fileno=control), cells, lifeline)
     code = 1
     try:
         server.run()

@@ -72,16 +72,19 @@ class FiberFuture(concurrent.futures.Future[T]):
 
     def settle(self, task: Task | None, value: Any, error: BaseException | None) -> None:
         self._task = self._manager = None
-        if error is None:
-            self.set_result(value)
-        else:
-            self.set_exception(error)
+        try:
+            if error is None:
+                self.set_result(value)
+            else:
+                self.set_exception(error)
+        except concurrent.futures.InvalidStateError:
+            pass  # somebody else has set it: the first one wins
 
     def fail(self, task: Task | None, error: BaseException | None) -> None:
         """End without a result; no error means: cancelled."""
         self._task = self._manager = None
         if error is not None:
-            self.set_exception(error)
+            self.settle(task, None, error)
         elif super().cancel():
             self.set_running_or_notify_cancel()
 

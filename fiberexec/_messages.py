@@ -7,8 +7,8 @@ worker, or the driver's result path, unpickles.
 
 from __future__ import annotations
 
-import io
-import pickle
+from _io import BytesIO
+from _pickle import Unpickler, dumps
 from fiberexec._stream import ProtocolError
 
 TYPE_CHECKING = False
@@ -51,20 +51,20 @@ ERROR = 2  # data: dump_exception() of the one item's exception
 RECALLED = 3  # the items were not run, they had been recalled
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         raise ProtocolError(f"a frame names {module}.{name}")
 
 
 def encode(message: object) -> bytes:
     """The body that says ``message``."""
-    return pickle.dumps(message, 5)
+    return dumps(message, 5)
 
 
 def decode(body: bytes | bytearray) -> Any:
     """What ``body`` says. Raises ProtocolError for anything that encode() does not make."""
     try:
-        return _PlainUnpickler(io.BytesIO(body)).load()
+        return _PlainUnpickler(BytesIO(body)).load()
     except ProtocolError:
         raise
     except Exception as error:

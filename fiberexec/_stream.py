@@ -14,9 +14,9 @@ summed, and never copied when sent. A frame is either delivered whole and verifi
 
 from __future__ import annotations
 
-import socket
 import struct
-from collections import deque
+from _collections import deque
+from _socket import MSG_WAITALL, socket
 from zlib import crc32
 
 from fiberexec import _platform
@@ -63,7 +63,7 @@ def _arrival(view: bytes | memoryview) -> int:
 class Stream:
     """Both ends of the wire. The worker's end blocks; the driver's never does (``setblocking(False)``)."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket) -> None:
         self._sock = sock
         self._data: bytes | bytearray = b""  # received, not yet parsed
         self._partial: _Partial | None = None
@@ -148,7 +148,7 @@ class Stream:
     def receive_one(self) -> Frame:
         """Block until one frame is there (blocking sockets)."""
         while (frame := self._parse()) is None:
-            self._read(socket.MSG_WAITALL)
+            self._read(MSG_WAITALL)
         return frame
 
     def _read(self, flags: int) -> None:

@@ -12,14 +12,13 @@ Rules:
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]
 import faulthandler
 import os
-import signal
-import socket
 import sys
-from time import monotonic, monotonic_ns
-from types import FrameType, ModuleType
+from _socket import gethostname, socket
 from _thread import allocate_lock
+from time import monotonic, monotonic_ns
 
 from fiberexec import _messages as messages
 from fiberexec._serialize import dump_exception, dumps_result, is_plain, loads
@@ -28,6 +27,7 @@ from fiberexec._stream import Buffer, Stream
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import FrameType
     from typing import Any, NoReturn
 
     Record = tuple[int, int, int, bytes | None, int, float]
@@ -48,7 +48,7 @@ class Stopped(BaseException):
 class Worker:
     """See the module's description."""
 
-    def __init__(self, sock: socket.socket, cell: memoryview) -> None:
+    def __init__(self, sock: socket, cell: memoryview) -> None:
         self._stream = Stream(sock)
         self._cell = cell
         self._functions: dict[int, tuple[bytes, list[bytes | bytearray]] | Callable[..., Any]] = {}
@@ -75,7 +75,7 @@ class Worker:
             signal.siginterrupt(signal.SIGURG, False)
             faulthandler.enable(2)
             os.register_at_fork(after_in_child=self._forked)
-            sys.modules["__main__"] = ModuleType("__main__")
+            sys.modules["__main__"] = type(sys)("__main__")
             self._serve()
             self._leave()
             code = 0
@@ -125,7 +125,7 @@ class Worker:
             except BaseException as reason:
                 error = dump_exception(reason)
         version = "%d.%d" % sys.version_info[:2]
-        ready = (messages.VERSION, version, os.getpid(), socket.gethostname(), error)
+        ready = (messages.VERSION, version, os.getpid(), gethostname(), error)
         self._stream.send(messages.READY, messages.encode(ready))
 
     def _adapt(self, changes: dict[str, Any]) -> None:
@@ -318,7 +318,11 @@ class Worker:
         os._exit(code)
 
     def _forked(self) -> None:
+        """In a child that the task has forked: what is the worker's own does not apply to it."""
         self._is_child = True
+        if signal.getsignal(signal.SIGTERM) == self._stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGURG, signal.SIG_DFL)
 
     # -- replying
 
