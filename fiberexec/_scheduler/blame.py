@@ -25,8 +25,12 @@ class Verdict:
         self.executed = True  # what is charged was executing
 
 
-def sort_out(worker: WorkerRecord, running: int | None, exit: Exit) -> Verdict:
-    """Empty a dead worker's hands. ``running`` is the number of the item that it executed; 0: none, None: unknown."""
+def sort_out(worker: WorkerRecord, running: int | None, exit: Exit, by_itself: bool) -> Verdict:
+    """Empty a dead worker's hands.
+
+    ``running`` is the number of the item that it executed; 0: none, None: unknown. ``by_itself``: no task of another
+    worker can have ended it.
+    """
     verdict = Verdict()
     units = list(worker.inflight)
     worker.inflight.clear()
@@ -35,7 +39,7 @@ def sort_out(worker: WorkerRecord, running: int | None, exit: Exit) -> Verdict:
         return verdict
     first = units[0].number
     if running is None:
-        if exit.infrastructure or (len(units) == 1 and units[0].task.count == 1):
+        if exit.infrastructure or (by_itself and len(units) == 1 and units[0].task.count == 1):
             running = first  # nobody is to blame, or nobody else can be
         else:
             verdict.suspects = [item for unit in units for item in _single(unit.task)]

@@ -297,10 +297,11 @@ class Scheduler:
         worker = self.fleet.workers.get(event.worker)
         if worker is None:
             return
+        by_itself = self.fleet.is_by_itself(worker)
         self.fleet.remove(worker)
         before = worker.state
         worker.step("end")
-        verdict = sort_out(worker, event.running, event.exit)
+        verdict = sort_out(worker, event.running, event.exit, by_itself)
         for task in verdict.suspects:
             task.alone = True
         if before in (STOPPING, DRAINING):

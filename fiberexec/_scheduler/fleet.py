@@ -30,6 +30,7 @@ class Fleet:
         self.idle: dict[int, WorkerRecord] = {}  # nothing in flight; the last one in is the first one out
         self.hungry: dict[int, WorkerRecord] = {}  # busy with measured work, and soon out of it
         self._pools: dict[str, _PoolState] = {}
+        self._jobs: dict[str, list[int]] = {}  # how many workers a job has had, and has
         self._busy_in_job: dict[str, int] = {}
         self._closed_jobs: set[str] = set()  # where a suspect runs alone, or is to run
         self._reserved: str | None = None  # the one of them that is getting empty for the next suspect
@@ -40,6 +41,9 @@ class Fleet:
         if pool.name not in self._pools:
             self._pools[pool.name] = _PoolState(pool)
         self._pools[pool.name].workers += 1
+        counts = self._jobs.setdefault(job, [0, 0])
+        counts[0] += 1
+        counts[1] += 1
 
     def idle_worker(self, task: Task) -> WorkerRecord | None:
         """An idle worker that may run this task now, None if there is none."""
@@ -134,10 +138,18 @@ class Fleet:
         self.hungry.pop(worker.id, None)
         del self.workers[worker.id]
         if worker.pool is not None:
+            counts = self._jobs[worker.job]
+            counts[1] -= 1
+            if not counts[1]:
+                del self._jobs[worker.job]
             state = self._state(worker)
             state.workers -= 1
             if not state.workers:
                 del self._pools[worker.pool.name]
+
+    def is_by_itself(self, worker: WorkerRecord) -> bool:
+        """Whether no other worker's task can have ended this one: its job has no other, or none of them was busy."""
+        return worker.alone or worker.job not in self._jobs or self._jobs[worker.job][0] == 1
 
     def bound_elsewhere(self, demand: Resources) -> WorkerRecord | None:
         """An idle worker that stands in the way of a gpu task: its process is bound to other devices."""

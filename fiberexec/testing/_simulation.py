@@ -13,6 +13,8 @@ import heapq
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 from fiberexec._scheduler import Limits, Profile, Scheduler, Task
@@ -177,7 +179,8 @@ class Simulation:
         if until is not None:
             self.now = max(self.now, until)
         else:
-            raise Stuck(f"{self.scheduler.open} items and {len(self.scheduler.fleet.workers)} workers are left, nothing is to come")
+            left = f"{self.scheduler.open} items and {len(self.scheduler.fleet.workers)} workers are left"
+            raise Stuck(f"{left}, and nothing is to come")
 
     def tell(self, event: Any) -> None:
         """Let the scheduler take an event, and do what it says."""
@@ -302,8 +305,8 @@ class Simulation:
             self.attempts[item] = self.attempts.get(item, 0) + 1
             comes_to = self._work(item, attempt)
             worker.stubborn = comes_to.stubborn
-            if comes_to.seconds != float("inf"):
-                self.at(self.now + comes_to.seconds, lambda: self._finish(worker, number, comes_to))
+            if comes_to.seconds != inf:
+                self.at(self.now + comes_to.seconds, partial(self._finish, worker, number, comes_to))
             return
         self._flush(worker)
         if worker.draining:

@@ -173,7 +173,9 @@ def test_a_big_task_is_not_starved_by_small_ones(simulate: Make) -> None:
 
 
 def test_small_tasks_of_another_kind_go_on_while_a_big_one_waits(simulate: Make) -> None:
-    sim = simulate(4, work=lambda item, attempt: Attempt(1.0 if item == 1 else 0.01), workers_per_job=0, capacity=Resources(2.0))
+    sim = simulate(
+        4, work=lambda item, attempt: Attempt(1.0 if item == 1 else 0.01), workers_per_job=0, capacity=Resources(2.0)
+    )
     sim.submit(sim.profile(demand=Resources(1.0)), 1)
     big = sim.submit(sim.profile(demand=Resources(2.0)), 1)[0]
     free = sim.submit(sim.profile(), 10)[0]

@@ -18,7 +18,7 @@ from fiberexec.backends.base import Exit, Resources
 from fiberexec.testing import Attempt, Simulation
 
 FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
-EXAMPLES, STEPS = (2000, 100) if FULL else (int(os.environ.get("EX","60")), 50)
+EXAMPLES, STEPS = (2000, 100) if FULL else (80, 50)
 DEMANDS = (None, None, Resources(1.0), Resources(0.5, 1 << 20), Resources(2.0, 0, 1), Resources(0.1, 0, 2))
 
 attempts = st.builds(
@@ -140,8 +140,14 @@ class Machine(RuleBasedStateMachine):
             return
         if demand is not None and demand.gpu > len(self.sim._devices):
             demand = None  # submit() refuses what never fits
-        policy = None if retry is None else lambda attempt, outcome: retry if attempt < 3 and outcome != "value" else None
-        profile = self.sim.profile(demand=demand, priority=priority, timeout=timeout, retry=policy, max_losses=max_losses)
+
+        def again(attempt: int, outcome: str | None) -> float | None:
+            return retry if attempt < 3 and outcome != "value" else None
+
+        policy = None if retry is None else again
+        profile = self.sim.profile(
+            demand=demand, priority=priority, timeout=timeout, retry=policy, max_losses=max_losses
+        )
         if retry is not None:
             items = 1
         first = self.sim._next_id
@@ -240,7 +246,7 @@ def test_nothing_is_lost_or_settled_twice_whatever_happens(check: Callable[[Simu
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
             deadline=None,
-            derandomize="EX" not in os.environ,
+            derandomize=not FULL,
             suppress_health_check=list(HealthCheck),
         ),
     )
