@@ -1,0 +1,387 @@
+"""What travels to a worker and back: functions, classes, exceptions, arrays, large bytes, modules that change."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fiberexec import FiberExecutor
+
+LIMIT = 60.0
+Make = Callable[..., FiberExecutor]
+MIB = 1 << 20
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+# -- functions
+
+
+def make_functions() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], Any]]:
+    offset = 10
+
+    def nested(x: int) -> int:
+        return x + offset
+
+    def recursive(n: int) -> int:
+        return 1 if n == 0 else n * recursive(n - 1)
+
+    def even(n: int) -> bool:
+        return n == 0 or odd(n - 1)
+
+    def odd(n: int) -> bool:
+        return n != 0 and even(n - 1)
+
+    def with_defaults(x: int, y: int = 5, *rest: int, z: int = 7, **named: int) -> int:
+        return x + y + sum(rest) + z + sum(named.values())
+
+    class Adder:
+        def __init__(self, by: int) -> None:
+            self.by = by
+
+        def add(self, x: int) -> int:
+            return x + self.by
+
+        def __call__(self, x: int) -> int:
+            return x + self.by
+
+        @classmethod
+        def made(cls, x: int) -> int:
+            return cls(1).add(x)
+
+        @staticmethod
+        def plain(x: int) -> int:
+            return x + 2
+
+    @functools.lru_cache
+    def cached(x: int) -> int:
+        return x * 2
+
+    @functools.wraps(nested)
+    def wrapped(x: int) -> int:
+        return nested(x) * 2
+
+    def generator(n: int) -> list[int]:
+        return list(i * i for i in range(n))
+
+    return {
+        "lambda": (lambda x: x * 3, (2,), 6),
+        "nested": (nested, (1,), 11),
+        "recursive": (recursive, (5,), 120),
+        "mutually recursive": (even, (10,), True),
+        "defaults": (with_defaults, (1, 2, 3), 13),
+        "partial": (functools.partial(pow, 2), (5,), 32),
+        "partial of nested": (functools.partial(with_defaults, 1, z=0), (4,), 5),
+        "bound method": (Adder(4).add, (1,), 5),
+        "callable object": (Adder(5), (1,), 6),
+        "class method": (Adder.made, (1,), 2),
+        "static method": (Adder.plain, (1,), 3),
+        "method of a built-in": ([1, 2, 3].index, (3,), 2),
+        "cached": (cached, (4,), 8),
+        "wrapped": (wrapped, (1,), 22),
+        "generator inside": (generator, (4,), [0, 1, 4, 9]),
+        "built-in": (len, ("four",), 4),
+    }
+
+
+FUNCTIONS = make_functions()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_travel_as_task_as_argument_and_as_result(executor: FiberExecutor, name: str) -> None:
+    function, args, expected = FUNCTIONS[name]
+    assert executor.submit(function, *args).result(LIMIT) == expected
+    assert executor.submit(call, function, *args).result(LIMIT) == expected
+    assert list(executor.map(function, *([arg] * 3 for arg in args))) == [expected] * 3
+    assert executor.submit(lambda: function).result(LIMIT)(*args) == expected
+
+
+def test_a_closure_travels_as_it_is_at_submit(executor: FiberExecutor) -> None:
+    box, number = [1], 1
+
+    def look() -> tuple[int, list[int]]:
+        return number, list(box)
+
+    first = executor.submit(look).result(LIMIT)
+    number, box[0] = 2, 3
+    assert (first, executor.submit(look).result(LIMIT)) == ((1, [1]), (2, [3]))
+
+
+def test_a_global_that_changes_is_seen_by_functions_that_travel_by_value(executor: FiberExecutor) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__", "factor": 2}
+    exec("def scale(x): return x * factor", namespace)
+    first = executor.submit(namespace["scale"], 5).result(LIMIT)
+    namespace["factor"] = 3
+    assert (first, executor.submit(namespace["scale"], 5).result(LIMIT)) == (10, 15)
+
+
+# -- classes
+
+
+def test_a_class_keeps_its_identity_there_and_back(executor: FiberExecutor) -> None:
+    class Base:
+        pass
+
+    class Point(Base):
+        count = 0
+
+        def __init__(self, x: int) -> None:
+            self.x = x
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Point) and other.x == self.x
+
+        __hash__ = None  # type: ignore[assignment]
+
+    def there(point: Any, kind: type) -> tuple[bool, bool, Any, type]:
+        return type(point) is kind, isinstance(point, Point), Point(point.x + 1), kind
+
+    same, known, back, kind = executor.submit(there, Point(1), Point).result(LIMIT)
+    assert same and known and kind is Point
+    assert type(back) is Point and isinstance(back, Base) and back == Point(2)
+    for result in executor.map(Point, range(20)):
+        assert type(result) is Point
+
+
+def test_a_redefined_class_is_another(executor: FiberExecutor) -> None:
+    def define(version: int) -> Any:
+        class Thing:
+            def version(self) -> int:
+                return version
+
+        return Thing
+
+    old, new = define(1), define(2)
+    assert [executor.submit(lambda t: t.version(), kind()).result(LIMIT) for kind in (old, new, old)] == [1, 2, 1]
+    assert type(executor.submit(call, new).result(LIMIT)) is new
+
+
+def test_dataclasses_enums_and_named_tuples(executor: FiberExecutor) -> None:
+    from typing import NamedTuple
+
+    class Color(enum.Enum):
+        RED = "r"
+        GREEN = "g"
+
+    class Flags(enum.IntFlag):
+        A = 1
+        B = 2
+
+    @dataclasses.dataclass(frozen=True)
+    class Item:
+        name: str
+        color: Color
+        tags: list[str] = dataclasses.field(default_factory=list)
+
+    class Pair(NamedTuple):
+        left: int
+        right: Item
+
+    def there(color: Any, pair: Any) -> Any:
+        return color is Color.RED, isinstance(pair, Pair) and pair.right.color is Color.GREEN, color, pair, Flags.A | Flags.B
+
+    pair = Pair(1, Item("a", Color.GREEN, ["x"]))
+    first, second, color, back, flags = executor.submit(there, Color.RED, pair).result(LIMIT)
+    assert first and second and color is Color.RED
+    assert type(back) is Pair and back == pair and type(back.right) is Item and back.right.color is Color.GREEN
+    assert flags is Flags.A | Flags.B
+
+
+# -- exceptions
+
+
+class Picky(Exception):
+    def __init__(self, code: int, *, unit: str) -> None:
+        super().__init__(f"{code} {unit}")
+        self.code, self.unit = code, unit
+
+
+class Holding(Exception):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+        self.text = text
+
+
+def test_exceptions_of_every_shape_arrive(executor: FiberExecutor) -> None:
+    def picky() -> None:
+        raise Picky(7, unit="mm")
+
+    def chained() -> None:
+        try:
+            raise KeyError("first")
+        except KeyError as error:
+            raise Picky(1, unit="s") from error
+
+    def in_context() -> None:
+        try:
+            raise KeyError("first")
+        except KeyError:
+            raise ValueError("second")  # noqa: B904
+
+    def holding() -> None:
+        raise Holding("cannot be pickled")
+
+    error: Any = executor.submit(picky).exception(LIMIT)
+    assert type(error) is Picky and (error.code, error.unit, str(error)) == (7, "mm", "7 mm")
+    error = executor.submit(chained).exception(LIMIT)
+    assert type(error) is Picky
+    shown = "".join(__import__("traceback").format_exception(error))
+    assert "KeyError: 'first'" in shown
+    error = executor.submit(in_context).exception(LIMIT)
+    shown = "".join(__import__("traceback").format_exception(error))
+    assert isinstance(error, ValueError) and "KeyError: 'first'" in shown
+    error = executor.submit(holding).exception(LIMIT)
+    assert "cannot be pickled" in str(error)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with Python 3.11")
+def test_exception_groups_and_notes_arrive(executor: FiberExecutor) -> None:
+    def group() -> None:
+        error = Picky(1, unit="kg")
+        error.add_note("seen on the scale")  # type: ignore[attr-defined]
+        raise ExceptionGroup("several", [error, ExceptionGroup("inner", [KeyError("k")])])  # type: ignore[name-defined]  # noqa: F821
+
+    error: Any = executor.submit(group).exception(LIMIT)
+    assert type(error).__name__ == "ExceptionGroup" and error.message == "several"
+    picky, inner = error.exceptions
+    assert type(picky) is Picky and picky.unit == "kg" and picky.__notes__ == ["seen on the scale"]
+    assert isinstance(inner.exceptions[0], KeyError)
+
+
+def test_an_exception_that_is_a_result_or_an_argument_is_just_a_value(executor: FiberExecutor) -> None:
+    assert isinstance(executor.submit(lambda e: e, ValueError("x")).result(LIMIT), ValueError)
+
+
+# -- data
+
+
+def test_arrays_arrive_writable_both_ways(executor: FiberExecutor) -> None:
+    np = pytest.importorskip("numpy")
+
+    def double(array: Any) -> Any:
+        array *= 2
+        return array, bool(array.flags.writeable)
+
+    for array in (
+        np.arange(10), np.arange(2 * MIB, dtype="f8"), np.asfortranarray(np.ones((300, 400))), np.arange(1000)[::3],
+        np.zeros((0, 5)), np.array(5.0), np.arange(MIB, dtype=">i4"),
+    ):  # fmt: skip
+        back, writable = executor.submit(double, array.copy(order="K")).result(LIMIT)
+        assert writable and back.flags.writeable
+        assert back.dtype == array.dtype and np.array_equal(back, array * 2)
+        back += 1
+
+
+def test_arrays_of_records_dates_and_objects(executor: FiberExecutor) -> None:
+    np = pytest.importorskip("numpy")
+    for array in (
+        np.zeros(50, dtype=[("a", "i4"), ("b", "f8")]), np.array(["2024-02-29", "NaT"], dtype="datetime64[D]"),
+        np.array([{"a": 1}, None, [2]], dtype=object), np.array(["x", "yy"]),
+    ):  # fmt: skip
+        back = executor.submit(lambda a: a, array).result(LIMIT)
+        assert back.dtype == array.dtype and repr(back) == repr(array)
+
+
+def test_frames_arrive_equal_and_can_be_changed(executor: FiberExecutor) -> None:
+    pd = pytest.importorskip("pandas")
+
+    def add(frame: Any) -> Any:
+        frame["c"] = frame["a"] + 1
+        frame.loc[0, "a"] = -1
+        return frame
+
+    frame = pd.DataFrame({"a": range(1000), "b": [str(i) for i in range(1000)]})
+    back = executor.submit(add, frame).result(LIMIT)
+    assert list(back.columns) == ["a", "b", "c"] and back["a"][0] == -1 and frame["a"][0] == 0
+    back.loc[1, "c"] = 5
+    pd.testing.assert_series_equal(back["b"], frame["b"])
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_64_mib_there_and_back(executor: FiberExecutor, kind: Any) -> None:
+    data = kind(os.urandom(MIB)) * 64
+    back = executor.submit(lambda value: value, data).result(LIMIT)
+    assert type(back) is kind and back == data
+
+
+@pytest.mark.skipif(os.environ.get("FIBEREXEC_CAMPAIGN") != "full", reason="1 GiB travels in the full campaign only")
+def test_1_gib_there_and_back(executor: FiberExecutor) -> None:
+    data = bytes(1 << 30)
+    back = executor.submit(lambda value: value, data).result(LIMIT)
+    assert len(back) == 1 << 30 and back == data
+
+
+def test_large_payloads_do_not_block_small_ones(executor: FiberExecutor, board: Any) -> None:
+    """The worker's stream is full and nobody reads it: the driver does not wait for it."""
+
+    def hold(data: Any) -> int:
+        board.post("held")
+        board.wait("go")
+        return len(data)
+
+    held = executor.submit(hold, bytes(16 * MIB))
+    board.wait("held")
+    assert executor.submit(len, bytes(MIB)).result(LIMIT) == MIB
+    board.post("go")
+    assert held.result(LIMIT) == 16 * MIB
+
+
+# -- modules
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes modules of the user's, and forgets them when the test ends."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    written: set[str] = set()
+
+    def write(name: str, text: str) -> Any:
+        (tmp_path / f"{name}.py").write_text(text)
+        importlib.invalidate_caches()
+        if name in written:
+            return importlib.reload(sys.modules[name])
+        written.add(name)
+        return importlib.import_module(name)
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def test_a_module_of_the_users_that_appears_late_is_found(executor: FiberExecutor, package: Any) -> None:
+    executor.submit(int).result(LIMIT)
+    module = package("fiber_test_late", "def value(): return 'late'\n")
+    assert executor.submit(module.value).result(LIMIT) == "late"
+
+
+def test_a_module_that_is_edited_and_reloaded_is_new_in_the_workers(make_executor: Make, package: Any) -> None:
+    executor = make_executor(1)
+    module = package("fiber_test_edited", "def value(): return 'one'\n")
+    assert executor.submit(module.value).result(LIMIT) == "one"
+    for text in ("two", "three", "four!"):
+        module = package("fiber_test_edited", f"def value(): return {text!r}\n")
+        assert executor.submit(module.value).result(LIMIT) == text
+        assert list(executor.map(lambda _: module.value(), range(3))) == [text] * 3
+
+
+def test_what_an_edited_module_is_used_by_is_new_too(make_executor: Make, package: Any) -> None:
+    executor = make_executor(1)
+    package("fiber_test_inner", "def value(): return 'one'\n")
+    outer = package("fiber_test_outer", "import fiber_test_inner\ndef value(): return fiber_test_inner.value()\n")
+    assert executor.submit(outer.value).result(LIMIT) == "one"
+    package("fiber_test_inner", "def value(): return 'and now two'\n")
+    assert outer.value() == executor.submit(outer.value).result(LIMIT) == "and now two"
