@@ -152,7 +152,7 @@ class Connection:
             logs.append(log_record(message, self.worker, self.pid, self.host))
         elif kind == messages.READY:
             version, python, self.pid, self.host, error = message
-            mine = "%d.%d" % sys.version_info[:2]
+            mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
             reason: BaseException | None = None
             if (version, python) != (messages.VERSION, mine):
                 reason = RuntimeError(

@@ -17,7 +17,7 @@ import gc
 import os
 import select
 import sys
-from _collections import deque
+from _collections import deque  # type: ignore[import-not-found]
 from _collections_abc import Collection
 from _socket import socket
 from time import monotonic, sleep

@@ -24,7 +24,7 @@ class NamedLock:
         return _open, (self._kind, self._state)
 
 
-def _open(kind: type[Any], state: tuple[Any, ...]) -> Any:
+def _open(kind: Any, state: tuple[Any, ...]) -> Any:
     lock = kind.__new__(kind)
     lock.__setstate__(state)
     return lock

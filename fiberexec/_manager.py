@@ -7,31 +7,27 @@
     worker streams, backend events ◄── manager thread ──► futures, callbacks, retry policies (no lock held)
 
 Rules:
-- ``_lock`` guards the scheduler, ``_deferred`` and the order of every outbox. Nothing is sent, unpickled or called under it.
+- ``lock`` guards the scheduler, ``_deferred`` and the order of every outbox. Nothing is sent, unpickled or called under it.
 - Sends may be done by any thread; everything else is done by the manager's thread, woken by a byte in a pipe.
 - A worker's last frames are read before its end is told to the scheduler: what has arrived never runs again.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
 import selectors
 import signal
-import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from fiberexec import _lifetime, _outcomes
 from fiberexec import _messages as messages
-from fiberexec import _outcomes
 from fiberexec._connection import Connection
-from fiberexec._futures import FiberFuture, MapResults
 from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._states import DELAYED, DONE, QUEUED
@@ -40,8 +36,6 @@ from fiberexec.backends import base
 
 _logger = logging.getLogger("fiberexec")
 _READS = 16  # of one stream in one turn
-_managers: weakref.WeakSet[Manager] = weakref.WeakSet()
-_exiting = False
 
 
 class Manager:
@@ -58,9 +52,9 @@ class Manager:
         self.scheduler = Scheduler(limits)
         self._setup = setup
         self._launch_delay = launch_delay
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._deferred: deque[Any] = deque()  # actions for the manager's thread
-        self._connections: dict[int, Connection] = {}
+        self.connections: dict[int, Connection] = {}
         self._ask_backend = False  # it has something to say
         self._watched: set[int] = set()  # the backend's descriptors
         self._selector: selectors.BaseSelector
@@ -77,13 +71,13 @@ class Manager:
         self._ids = 1
         self.ended = False
         self.forked_from = 0  # the parent's pid, in a forked child
-        _managers.add(self)
+        _lifetime.register(self)
 
     # -- called by any thread
 
     def new_ids(self, count: int) -> int:
         """Reserve ids for ``count`` items; returns the first."""
-        with self._lock:
+        with self.lock:
             first = self._ids
             self._ids += count
         return first
@@ -97,12 +91,12 @@ class Manager:
             raise _outcomes.broken(broken)
         if self.scheduler.closing or self._abandoned:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if _exiting:
+        if _lifetime.exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     def submit(self, tasks: list[Task]) -> None:
         """Take tasks in. What an idle worker can run now is sent by this very thread."""
-        with self._lock:
+        with self.lock:
             if self.scheduler.closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._start()
@@ -115,7 +109,7 @@ class Manager:
 
     def cancel(self, tasks: list[Task] | None = None, sink: Any = None) -> None:
         """Cancel tasks that have not been sent: these, those of a sink, or (neither given) all."""
-        with self._lock:
+        with self.lock:
             if tasks is None:
                 tasks = [t for t in self.scheduler.queue.waiting() if sink is None or t.sink is sink]
             cancelled = [task for task in tasks if task.state in (QUEUED, DELAYED)]
@@ -127,7 +121,7 @@ class Manager:
 
     def terminate(self, task: Task) -> bool:
         """Stop one task; False when its outcome is there."""
-        with self._lock:
+        with self.lock:
             if task.state is DONE:
                 return False
             self._handle(ev.Terminated(task))
@@ -137,7 +131,7 @@ class Manager:
     def terminate_all(self) -> None:
         """Cancel what waits and stop what runs."""
         self.cancel()
-        with self._lock:
+        with self.lock:
             for worker in list(self.scheduler.fleet.workers.values()):
                 for unit in list(worker.inflight):
                     self._handle(ev.Terminated(unit.task))
@@ -145,7 +139,7 @@ class Manager:
 
     def tell(self, event: Any) -> None:
         """Hand an event to the scheduler; its actions are done by the manager's thread."""
-        with self._lock:
+        with self.lock:
             if not self.ended:
                 self._start()
                 self._handle(event)
@@ -156,7 +150,7 @@ class Manager:
         """Take no more tasks; end when the last one has its outcome. ``wait``: return when everything is gone."""
         if self.forked_from:
             return
-        with self._lock:
+        with self.lock:
             thread = self._thread
             if thread is None:
                 self.scheduler.closing = True
@@ -181,23 +175,6 @@ class Manager:
                 except BlockingIOError:
                     pass  # it is being woken by many
 
-    def snapshot(self) -> tuple[Any, list[tuple[Any, Connection | None]]]:
-        """The scheduler, and every worker's record and connection, for stats() and workers() to read under the lock."""
-        with self._lock:
-            workers = list(self.scheduler.fleet.workers.values())
-            return self.scheduler, [(worker, self._connections.get(worker.id)) for worker in workers]
-
-    def running_task(self, record: Any) -> int | None:
-        """The id of the task that a worker executes now."""
-        cell = self.backend.peek(record.id) if record.inflight else None
-        if cell is None or not cell.running:
-            return None
-        with self._lock:
-            for unit in record.inflight:
-                if unit.number <= cell.running < unit.number + unit.task.stop - unit.task.start:
-                    return int(unit.task.id + unit.task.start + cell.running - unit.number)
-        return None
-
     # -- under the lock
 
     def _start(self) -> None:
@@ -218,7 +195,7 @@ class Manager:
             return
         for action in actions:
             if type(action) is ev.Send:
-                connection = self._connections.get(action.worker)
+                connection = self.connections.get(action.worker)
                 if connection is not None:
                     connection.outbox.append(action)
                     self._touched.append(connection)
@@ -256,17 +233,17 @@ class Manager:
             _logger.critical("the manager thread of a FiberExecutor failed", exc_info=True)
             self.scheduler.broken = error
             self.scheduler.closing = True
-            self._abandon_sinks(_outcomes.broken(error), forked=False)
+            _lifetime.abandon_sinks(self, _outcomes.broken(error), forked=False)
         finally:
             self._end()
 
     def _end(self) -> None:
-        with self._lock:
+        with self.lock:
             self.ended = True
         self.backend.close()
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             connection.stream.close()
-        self._connections.clear()
+        self.connections.clear()
         self._selector.close()
         self._close_pipe()
 
@@ -300,7 +277,7 @@ class Manager:
             self._poll_backend(events)
         if self._abandoned and not self.scheduler.closing:
             events.append(ev.Closing())
-        with self._lock:
+        with self.lock:
             for event in events or (ev.Tick(),):
                 self._handle(event)
         self._write()
@@ -314,7 +291,7 @@ class Manager:
     def _timeout(self) -> float | None:
         if self._deferred or self._ask_backend:
             return 0
-        with self._lock:
+        with self.lock:
             due = self.scheduler.wakeup()
             self._planned = math.inf if due is None else due
             self._overslept = False
@@ -337,7 +314,7 @@ class Manager:
                 self._refused = 0
                 event.connection.setblocking(False)
                 connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
-                self._connections[event.worker] = connection
+                self.connections[event.worker] = connection
                 self._selector.register(connection.stream, selectors.EVENT_READ, connection)
                 connection.outbox.append((messages.SETUP, *self._setup()))
                 self._watch(connection, not connection.write())
@@ -351,7 +328,7 @@ class Manager:
             elif isinstance(event, base.Recalled):
                 events.append(ev.RecallDone(event.worker, event.claimed))
             else:
-                ended = self._connections.get(event.worker)
+                ended = self.connections.get(event.worker)
                 if ended is not None:
                     found, logs, _ = ended.receive(None)
                     events += found
@@ -371,7 +348,7 @@ class Manager:
         self._watched = wanted
 
     def _forget(self, worker: int) -> None:
-        connection = self._connections.pop(worker, None)
+        connection = self.connections.pop(worker, None)
         if connection is not None:
             self._unwatch(connection)
             connection.stream.close()
@@ -420,7 +397,7 @@ class Manager:
         elif isinstance(action, ev.Signal):
             self.backend.signal(action.worker, action.number, action.group)
         elif isinstance(action, ev.Drain):
-            connection = self._connections.get(action.worker)
+            connection = self.connections.get(action.worker)
             if connection is not None:
                 connection.outbox.append((messages.DRAIN, messages.encode(None), []))
                 self._touched.append(connection)
@@ -443,53 +420,21 @@ class Manager:
         if why == ev.BROKEN:
             assert self.scheduler.broken is not None
             return _outcomes.broken(self.scheduler.broken)
-        connection = self._connections.get(worker or 0)
+        connection = self.connections.get(worker or 0)
         host, pid = (connection.host, connection.pid) if connection is not None else (self.backend.host, 0)
         return _outcomes.lost(task, exit or base.Exit(), host, pid)
-
-    # -- fork
 
     def forked(self, parent: int) -> None:
         """In a forked child: let go of what is the parent's, and end the futures that can never be done here."""
         self.forked_from = parent
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._thread = None
         self.ended = True
         self.backend.forked()
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             connection.stream.close()
         self._waking = threading.RLock()
         if self._wake_pipe is not None:
             self._selector.close()
         self._close_pipe()
-        self._abandon_sinks(_outcomes.forked(self.forked_from), forked=True)
-
-    def _abandon_sinks(self, reason: BaseException, *, forked: bool) -> None:
-        """End whatever still waits for this manager, wherever it is: no table can be trusted any more."""
-        for sink in gc.get_objects():
-            if isinstance(sink, (FiberFuture, MapResults)) and sink._manager is self:
-                if forked:
-                    sink.forked()
-                sink.abandon(reason)
-
-
-def _at_exit() -> None:
-    """Let every executor finish what it was given, as the standard's do when the interpreter ends."""
-    global _exiting
-    _exiting = True
-    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)  # it is what ends the program
-    for manager in list(_managers):
-        if interrupted:
-            manager.terminate_all()
-        manager.close(wait=True)
-
-
-def _in_child() -> None:
-    parent = os.getppid()
-    for manager in list(_managers):
-        if not manager.forked_from:
-            manager.forked(parent)
-
-
-threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
-os.register_at_fork(after_in_child=_in_child)
+        _lifetime.abandon_sinks(self, _outcomes.forked(parent), forked=True)

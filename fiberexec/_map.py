@@ -36,7 +36,7 @@ class _Mapping:
         self._ref = ref
         self._profile = profile
         self._single = len(columns) == 1
-        self._source = iter(columns[0]) if self._single else zip(*columns)  # noqa: B905  as the standard does
+        self._source = iter(columns[0]) if self._single else zip(*columns)
         self._largest = _FIRST
         self.results = MapResults(manager)
         self.taken = 0  # items

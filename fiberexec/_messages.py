@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from _io import BytesIO
 from _pickle import Unpickler, dumps
+
 from fiberexec._stream import ProtocolError
 
 TYPE_CHECKING = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +12,7 @@ from fiberexec.backends.base import Pool, Resources
 
 F = TypeVar("F", bound=Callable[..., Any])
 _KEPT = 4096  # profiles
+_MAX_SECONDS = 1e9  # 31 years; what is longer overflows the system's timers
 
 
 class TaskOptions(NamedTuple):
@@ -31,7 +31,7 @@ class TaskOptions(NamedTuple):
         if "timeout" in changes:
             check_seconds("timeout", changes["timeout"], none=True)
         if "retry" in changes:
-            _retry.check(changes["retry"])
+            _retry.check("retry", changes["retry"])
         for name, least in (("priority", None), ("gpu", 0), ("max_worker_losses", 1)):
             if name in changes and not (name == "gpu" and changes[name] is None):
                 check_int(name, changes[name], least)
@@ -53,8 +53,8 @@ def check_seconds(name: str, value: Any, *, none: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name} must be a number of seconds{' or None' if none else ''}, got {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")
+    if not 0 < value <= _MAX_SECONDS:
+        raise ConfigError(f"{name} must be more than 0 and at most {_MAX_SECONDS:g} seconds, got {value!r}")
 
 
 def sizes(given: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def tie_group_to(fd: int) -> None:
         return
     import fcntl
 
-    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a description of its own: ownership is kept there
+    # A description of its own: whom the kernel signals is kept there.
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(own, 10, 9)  # F_SETSIG, SIGKILL
     fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)

@@ -14,16 +14,17 @@ from typing import Any
 from fiberexec._errors import ConfigError
 
 
-def check(policy: Any) -> Any:
-    """Return the policy, or raise ConfigError for what is none."""
+def check(name: str, policy: Any) -> None:
+    """Raise ConfigError, naming the argument, for what is neither a policy nor None."""
     if policy is None:
-        return None
+        return
     from tenacity import AsyncRetrying, BaseRetrying
 
     if not isinstance(policy, BaseRetrying) or isinstance(policy, AsyncRetrying):
-        raise ConfigError(f"retry must be a tenacity.Retrying object, got {policy!r}; for example "
-                          "retry=tenacity.Retrying(stop=tenacity.stop_after_attempt(3))")  # fmt: skip
-    return policy
+        raise ConfigError(
+            f"{name} must be a tenacity.Retrying object, got {policy!r}; for example "
+            f"{name}=tenacity.Retrying(stop=tenacity.stop_after_attempt(3))"
+        )
 
 
 def begin(policy: Any, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,8 +49,8 @@ def judge(state: Any, value: Any, error: BaseException | None) -> tuple[float | 
 
 
 def _judge(state: Any, value: Any, error: BaseException | None) -> tuple[float | None, Any, BaseException | None]:
-    from tenacity import RetryAction, TryAgain
     from tenacity import Future as Outcome
+    from tenacity import RetryAction, TryAgain
 
     policy = state.retry_object
     outcome: Future[Any] = Outcome(state.attempt_number)

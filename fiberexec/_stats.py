@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fiberexec import _platform
+
+if TYPE_CHECKING:
+    from fiberexec._connection import Connection
+    from fiberexec._manager import Manager
+    from fiberexec._scheduler.records import WorkerRecord
 
 
 @dataclass(frozen=True)
@@ -32,3 +41,51 @@ class WorkerInfo:
     task: int | None  #: the id of the task that it executes
     uptime: float  #: seconds since it became ready
     memory: int  #: resident bytes, 0 where that is not known
+
+
+def stats(manager: Manager) -> Stats:
+    """See FiberExecutor.stats()."""
+    with manager.lock:
+        scheduler = manager.scheduler
+        return Stats(
+            queued=scheduler.queue.items,
+            running=sum(worker.items for worker in scheduler.fleet.workers.values()),
+            delayed=scheduler.delayed,
+            done=scheduler.done,
+            retried=scheduler.retried,
+            lost=scheduler.lost,
+            workers=len(scheduler.fleet.workers),
+            idle=len(scheduler.fleet.idle),
+            started=scheduler.started,
+            failed_launches=scheduler.failed_launches,
+        )
+
+
+def workers(manager: Manager) -> list[WorkerInfo]:
+    """See FiberExecutor.workers()."""
+    with manager.lock:
+        return [
+            _worker_info(manager, worker, manager.connections.get(worker.id))
+            for worker in manager.scheduler.fleet.workers.values()
+        ]
+
+
+def _worker_info(manager: Manager, worker: WorkerRecord, connection: Connection | None) -> WorkerInfo:
+    if connection is None:
+        return WorkerInfo(worker.id, manager.backend.host, 0, worker.state, None, 0.0, 0)
+    task = None
+    cell = manager.backend.peek(worker.id)
+    for unit in worker.inflight if cell is not None else ():
+        assert cell is not None
+        if unit.number <= cell.running < unit.number + unit.task.stop - unit.task.start:
+            task = unit.task.id + unit.task.start + cell.running - unit.number
+    local = connection.host == _platform.host_name()
+    return WorkerInfo(
+        id=worker.id,
+        host=connection.host,
+        pid=connection.pid,
+        state=worker.state,
+        task=task,
+        uptime=time.monotonic() - worker.ready_at,
+        memory=_platform.memory_of(connection.pid) if local else 0,
+    )

@@ -15,7 +15,7 @@ summed, and never copied when sent. A frame is either delivered whole and verifi
 from __future__ import annotations
 
 import struct
-from _collections import deque
+from _collections import deque  # type: ignore[import-not-found]
 from _socket import MSG_WAITALL, socket
 from zlib import crc32
 
@@ -23,7 +23,8 @@ from fiberexec import _platform
 
 Buffer = bytes | bytearray | memoryview
 Frame = tuple[int, "bytes | bytearray", "list[Buffer]"]  # kind, body, buffers
-_Partial = tuple[int, "bytes | bytearray", "list[int]", "list[bytearray | memoryview]"]  # a frame that still lacks buffers: kind, body, table, buffers
+# A frame that still lacks buffers: kind, body, table, buffers.
+_Partial = tuple[int, "bytes | bytearray", "list[int]", "list[bytearray | memoryview]"]
 
 MAGIC = b"FX\x01"
 _HEADER = struct.Struct("<3sBIII")

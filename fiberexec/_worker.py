@@ -51,7 +51,7 @@ class Worker:
     def __init__(self, sock: socket, cell: memoryview) -> None:
         self._stream = Stream(sock)
         self._cell = cell
-        self._functions: dict[int, tuple[bytes, list[bytes | bytearray]] | Callable[..., Any]] = {}
+        self._functions: dict[int, Any] = {}  # by id: the function, or (data, buffers) until its first task
         self._outbox: list[tuple[Record, Sequence[Buffer]]] = []
         self._logs: list[tuple[Any, ...]] = []
         self._bytes = 0
@@ -101,7 +101,7 @@ class Worker:
             elif kind == messages.DRAIN:
                 return
 
-    def _setup(self, setup: dict[str, Any], buffers: list[bytes | bytearray]) -> None:
+    def _setup(self, setup: dict[str, Any], buffers: list[Any]) -> None:
         self._adapt(setup)
         sys.argv[:] = setup["argv"]
         os.environ.update(setup["env"])
@@ -124,7 +124,7 @@ class Worker:
                 raise
             except BaseException as reason:
                 error = dump_exception(reason)
-        version = "%d.%d" % sys.version_info[:2]
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         ready = (messages.VERSION, version, os.getpid(), gethostname(), error)
         self._stream.send(messages.READY, messages.encode(ready))
 
@@ -152,7 +152,7 @@ class Worker:
 
     # -- running
 
-    def _run(self, message: tuple[Any, ...], buffers: list[bytes | bytearray]) -> None:
+    def _run(self, message: tuple[Any, ...], buffers: list[Any]) -> None:
         functions, forget, units, changes = message
         if changes is not None:
             self._adapt(changes)
@@ -180,18 +180,20 @@ class Worker:
         timed = extra is not None and "timed" in extra
         if kind == messages.CALL:
             if self._claim(number, 1):
-                self._run_item(number, function_id, lambda: loads(data, buffers), timed)
+                self._run_item(number, function_id, lambda index: loads(data, buffers), 0, timed)
         elif kind == messages.COLUMNS and not timed:
             self._run_columns(number, function_id, loads(data, buffers), start, stop)
         else:
             items = loads(data, buffers)
+            load: Callable[[int], Any]
+            if kind == messages.ITEMS:
+                load = lambda index: loads(items[index])  # noqa: E731
+            else:
+                load = lambda index: (tuple(column[index] for column in items), {})  # noqa: E731
             for index in range(start, stop):
                 if not self._claim(number, 1, stop - index):
                     return
-                if kind == messages.ITEMS:
-                    self._run_item(number, function_id, lambda i=index: loads(items[i]), timed)
-                else:
-                    self._run_item(number, function_id, lambda i=index: (tuple(c[i] for c in items), {}), timed)
+                self._run_item(number, function_id, load, index, timed)
                 number += 1
 
     def _claim(self, number: int, size: int, rest: int = 0) -> bool:
@@ -204,14 +206,14 @@ class Worker:
         self._reply(number, rest or size, messages.RECALLED, b"", (), 0.0)
         return False
 
-    def _function(self, function_id: int) -> Callable[..., Any]:
+    def _function(self, function_id: int) -> Any:
         function = self._functions[function_id]
         if type(function) is tuple:
             function = self._functions[function_id] = loads(*function)
         self._hook_logging()
-        return function  # type: ignore[return-value]
+        return function
 
-    def _run_item(self, number: int, function_id: int, load: Callable[[], Any], timed: bool) -> None:
+    def _run_item(self, number: int, function_id: int, load: Callable[[int], Any], index: int, timed: bool) -> None:
         cell = self._cell
         started = monotonic()
         if timed:
@@ -222,7 +224,7 @@ class Worker:
             function = self._functions[function_id]
             if type(function) is tuple:
                 function = self._function(function_id)
-            args, kwargs = load()
+            args, kwargs = load(index)
             value = function(*args, **kwargs)
             args = kwargs = None
             data, buffers = dumps_result(value)
@@ -387,7 +389,7 @@ class TaskInfo:
     (None in the first, and when the worker was lost).
     """
 
-    __slots__ = ("id", "attempt", "last_exception")
+    __slots__ = ("attempt", "id", "last_exception")
 
     def __init__(self, id: int, attempt: int, last_exception: BaseException | None) -> None:
         self.id = id

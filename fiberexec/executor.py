@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fiberexec import _config, _platform, _retry
+from fiberexec import _config, _retry
 from fiberexec import _messages as messages
 from fiberexec._connection import Payload
 from fiberexec._errors import BrokenExecutor, ConfigError
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FIRST_DELAY, _LAST_DELAY = 0.1, 10.0  # seconds between launches that fail, doubled each time
+_FOREVER = 1e9  # seconds; what is longer overflows the system's timers
 _unset: Any = object()
 
 
@@ -49,7 +50,7 @@ class _Submitter(concurrent.futures.Executor):
     _profiles: Profiles
     _max_workers: int
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> FiberFuture[T]:  # type: ignore[override]
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> FiberFuture[T]:
         """Schedule ``fn(*args, **kwargs)`` and return its future.
 
         Arguments are pickled before this returns; what cannot be pickled fails the future, not the call. Raises TypeError
@@ -76,7 +77,7 @@ class _Submitter(concurrent.futures.Executor):
         manager.submit([task])
         return future
 
-    def map(  # type: ignore[override]
+    def map(
         self,
         fn: Callable[..., T],
         *iterables: Iterable[Any],
@@ -103,8 +104,12 @@ class _Submitter(concurrent.futures.Executor):
                 raise TypeError("buffersize must be an integer or None")
             if buffersize < 1:
                 raise ValueError("buffersize must be None or > 0")
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+            raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
+        if timeout is not None and timeout != timeout:
+            raise ValueError("timeout must be a number of seconds or None, got nan")
         self._manager.check_open()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None or timeout > _FOREVER else time.monotonic() + timeout
         ref = self._functions.lookup(fn)
         profile = self._profiles.of(fn, ref.id, ref.name)
         return submit_map(self._manager, fn, ref, profile, iterables, deadline, chunksize, buffersize)
@@ -173,11 +178,11 @@ class FiberExecutor(_Submitter):
             "max_workers": max_workers, "min_workers": min_workers, "image": image, "cpu": cpu, "memory": memory, "gpu": gpu,
             "workers_per_job": workers_per_job, "timeout": timeout, "max_worker_losses": max_worker_losses,
             "startup_timeout": startup_timeout, "driver_timeout": driver_timeout, "ship": ship, "env": env,
-            "backend_options": backend_options, "backend": backend if isinstance(backend, str) else None,
+            "backend_options": backend_options, "backend": None if isinstance(backend, Backend) else backend,
         }  # fmt: skip
-        _retry.check(launch_retry)
+        _retry.check("launch_retry", launch_retry)
         settings = _config.load(idle_timeout=idle_timeout, **named)
-        if backend is None or isinstance(backend, str):
+        if not isinstance(backend, Backend):
             backend = registry.create(settings.backend, settings, settings.max_workers)
         options = TaskOptions(timeout=settings.timeout, max_worker_losses=settings.max_worker_losses)
         if retry is not None:
@@ -221,7 +226,7 @@ class FiberExecutor(_Submitter):
 
         Raises ConfigError for values that make no sense.
         """
-        given = dict(timeout=timeout, retry=retry, priority=priority, cpu=cpu, memory=memory, gpu=gpu)
+        given = {"timeout": timeout, "retry": retry, "priority": priority, "cpu": cpu, "memory": memory, "gpu": gpu}
         given["max_worker_losses"] = max_worker_losses
         return ExecutorView(self, self._profiles, {name: value for name, value in given.items() if value is not _unset})
 
@@ -236,11 +241,10 @@ class FiberExecutor(_Submitter):
         if wait:
             self._manager.close(wait=True)
 
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> bool | None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
             self._manager.terminate_all()
         self.shutdown(wait=True)
-        return False
 
     def terminate_workers(self) -> None:
         """Send SIGTERM to every worker and shut down: what waits is cancelled, what runs ends in BrokenExecutor."""
@@ -256,45 +260,15 @@ class FiberExecutor(_Submitter):
 
     def stats(self) -> Stats:
         """What is happening, in numbers."""
-        from fiberexec._stats import Stats
+        from fiberexec import _stats
 
-        scheduler, workers = self._manager.snapshot()
-        return Stats(
-            queued=scheduler.queue.items,
-            running=sum(record.items for record, _ in workers),
-            delayed=scheduler.delayed,
-            done=scheduler.done,
-            retried=scheduler.retried,
-            lost=scheduler.lost,
-            workers=len(workers),
-            idle=len(scheduler.fleet.idle),
-            started=scheduler.started,
-            failed_launches=scheduler.failed_launches,
-        )
+        return _stats.stats(self._manager)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers that are there now."""
-        from fiberexec._stats import WorkerInfo
+        from fiberexec import _stats
 
-        _, workers = self._manager.snapshot()
-        now = time.monotonic()
-        found = []
-        for record, connection in workers:
-            pid = connection.pid if connection is not None else 0
-            host = connection.host if connection is not None else self._manager.backend.host
-            local = host == _platform.host_name()
-            found.append(
-                WorkerInfo(
-                    id=record.id,
-                    host=host,
-                    pid=pid,
-                    state=record.state,
-                    task=self._manager.running_task(record),
-                    uptime=0.0 if connection is None else now - record.ready_at,
-                    memory=_platform.memory_of(pid) if pid and local else 0,
-                )
-            )
-        return found
+        return _stats.workers(self._manager)
 
 
 class ExecutorView(_Submitter):
@@ -315,8 +289,8 @@ class ExecutorView(_Submitter):
         """Shut the whole executor down."""
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> bool | None:
-        return self._executor.__exit__(exc_type, exc_val, exc_tb)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        self._executor.__exit__(exc_type, exc_val, exc_tb)
 
 
 class _Setup:

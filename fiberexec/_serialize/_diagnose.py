@@ -115,9 +115,7 @@ def _trail(root: Any) -> list[Any]:
     tracer = _Tracer()
     try:
         tracer.dump(root)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+    except (Exception, SystemExit):
         pass
     return tracer.failed
 

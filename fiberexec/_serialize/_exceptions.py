@@ -15,6 +15,7 @@ from ._fast import PROTOCOL, Buffer, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import TracebackType
     from typing import Any
 
 MOST_NODES = 500
@@ -42,6 +43,8 @@ def dump_exception(exc: BaseException, traceback_text: str | None = None) -> byt
     try:
         if traceback_text is None:
             traceback_text = _format(exc)
+        if isinstance(exc, MemoryError) and exc.__traceback__ is not None:
+            _clear_frames(exc.__traceback__)  # they hold what there was no memory for
         return pickle.dumps((traceback_text, _nodes(exc)), PROTOCOL)
     except BaseException as error:
         text = f"{_name(type(exc))} (it could not be sent: {_safe(repr, error)})"
@@ -55,6 +58,12 @@ def _format(exc: BaseException) -> str:
         return "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
     except BaseException as error:
         return f"{_name(type(exc))} (its traceback could not be formatted: {_safe(repr, error)})\n"
+
+
+def _clear_frames(tb: TracebackType) -> None:
+    import traceback
+
+    traceback.clear_frames(tb)
 
 
 def _nodes(root: BaseException) -> list[dict[str, Any]]:

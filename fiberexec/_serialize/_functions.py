@@ -131,7 +131,28 @@ def captured_globals(fn: FunctionType) -> State:
     captured = {name: namespace[name] for name in names if name in namespace}
     for name in ("__builtins__", "__spec__", "__loader__"):
         captured.pop(name, None)
+    executor = getattr(sys.modules.get("concurrent.futures"), "Executor", None)
+    if executor is not None:
+        for name, value in captured.items():
+            if isinstance(value, executor):
+                captured[name] = StayedBehind(name)
     return captured
+
+
+class StayedBehind:
+    """In place of an executor among a function's globals: methods of a class often name one that their task never uses."""
+
+    def __init__(self, name: str) -> None:
+        self.__dict__["name"] = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise AttributeError(
+            f"the executor {self.__dict__['name']!r} stayed in the process that made it; a task that needs one makes its own: "
+            "FiberExecutor(backend='local')"
+        )
+
+    def __reduce__(self) -> Any:
+        return StayedBehind, (self.__dict__["name"],)
 
 
 def _submodules(values: list[Any], names: frozenset[str]) -> list[str]:

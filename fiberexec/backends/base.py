@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Resources(NamedTuple):
@@ -104,6 +104,7 @@ class Recalled(NamedTuple):
 JobEvent = Started | Refused | Ended | Probed | Recalled
 
 
+@runtime_checkable
 class Backend(Protocol):
     """The contract. Times are in seconds; ``largest`` and ``peek`` apart, only the manager's thread calls."""
 
