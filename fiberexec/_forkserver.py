@@ -27,6 +27,7 @@ from fiberexec import _platform, _worker
 from fiberexec._stream import Frame, ProtocolError, Stream, pack
 
 _END_TIMEOUT = 2.0  # seconds
+_GLANCE = 1000  # milliseconds between two looks at the driver
 TAIL = 2048  # bytes of stderr that are kept of each worker
 
 
@@ -60,12 +61,13 @@ class ForkServer:
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
+        self._driver = os.getppid()
         self._adopting = False
         self._kills = _platform.memory_kills()
 
     def run(self) -> None:
-        while True:
-            for fd, _ in self._poll.poll():
+        while os.getppid() == self._driver:  # a forked child of the driver may keep its descriptors open
+            for fd, _ in self._poll.poll(_GLANCE):
                 if fd == self._control.fileno():
                     try:
                         data, fds = _platform.receive_fds(self._control, 1 << 16, 64)

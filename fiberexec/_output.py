@@ -11,19 +11,19 @@ from typing import Any
 
 
 class _Prefixed(io.TextIOBase):
-    """A text stream that writes whole lines, each with the worker and the task in front."""
+    """A text stream that puts the worker and the task in front of every line."""
 
     def __init__(self, target: Any, task_id: Callable[[], int]) -> None:
         self._target = target
         self._task_id = task_id
-        self._line = ""
+        self._at_start = True  # of a line
 
     def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
-        if lines:
-            prefix = f"[worker {os.getpid()} task {self._task_id()}] "
-            self._target.write("".join(f"{prefix}{line}\n" for line in lines))
-            self._target.flush()
+        prefix = f"[worker {os.getpid()} task {self._task_id()}] "
+        for line in text.splitlines(keepends=True):
+            self._target.write(prefix + line if self._at_start else line)
+            self._at_start = line.endswith(("\n", "\r"))
+        self._target.flush()
         return len(text)
 
     def flush(self) -> None:

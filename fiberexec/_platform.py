@@ -21,14 +21,18 @@ _HUGE = 4 << 20  # bytes
 
 def make_cells(count: int) -> int:
     """A descriptor of zeroed memory for ``count`` cells, without a name in any file system."""
-    if LINUX:
+    if sys.platform == "linux" and LINUX:
         fd = os.memfd_create("fiberexec-cells", os.MFD_CLOEXEC)
     else:
         import tempfile
 
         fd, name = tempfile.mkstemp(prefix="fiberexec-cells-")
         os.unlink(name)
-    os.ftruncate(fd, max(count * _CELL_BYTES, mmap.PAGESIZE))
+    try:
+        os.write(fd, bytes(max(count * _CELL_BYTES, mmap.PAGESIZE)))  # a full disk says so here, not by SIGBUS later
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -113,9 +117,9 @@ def memory_kills() -> int:
 
 def cpu_count() -> int:
     """The CPUs that this process may use: affinity and cgroup quota counted, at least 1."""
-    try:
+    if sys.platform == "linux":
         count = len(os.sched_getaffinity(0))
-    except AttributeError:
+    else:
         count = os.cpu_count() or 1
     return max(1, min(count, int(_cpu_quota() or count)))
 

@@ -110,6 +110,8 @@ class _Submitter(concurrent.futures.Executor):
             raise ValueError("timeout must be a number of seconds or None, got nan")
         self._manager.check_open()
         deadline = None if timeout is None or timeout > _FOREVER else time.monotonic() + timeout
+        if "submit" in self.__dict__:  # somebody (tqdm) wants to see every task that is submitted
+            return super().map(fn, *iterables, timeout=timeout)
         ref = self._functions.lookup(fn)
         profile = self._profiles.of(fn, ref.id, ref.name)
         return submit_map(self._manager, fn, ref, profile, iterables, deadline, chunksize, buffersize)

@@ -15,12 +15,20 @@ from typing import Any
 
 from fiberexec import _messages as messages
 from fiberexec import _platform
-from fiberexec._errors import ConfigError
+from fiberexec._errors import ConfigError, LaunchError
 from fiberexec._stream import Frame, ProtocolError, Stream, pack
 from fiberexec._worker import CLAIMED, RECALLED, RUNNING, STARTED
 from fiberexec.backends.base import Cell, Ended, Exit, JobEvent, Pool, Probed, Recalled, Refused, Resources, Started
 
 MAX_WORKERS = 4096
+_FEWER = " or use fewer workers (max_workers=)"
+_HINTS = {
+    errno.EMFILE: "; raise the limit of open files (ulimit -n)" + _FEWER,
+    errno.ENFILE: "; the whole system has too many open files: end other programs" + _FEWER,
+    errno.EAGAIN: "; raise the limit of processes (ulimit -u)" + _FEWER,
+    errno.ENOMEM: "; free some memory" + _FEWER,
+    errno.ENOSPC: "; free some space on the disk of the temporary folder, or set TMPDIR",
+}
 _SPARE = 64  # cells for workers that are ending while their successors start
 _CLOSE_TIMEOUT = 5.0  # seconds
 _CLAIM_SHOWS = 0.001  # seconds after which what a worker claimed before it saw a recall is certain to show
@@ -71,7 +79,7 @@ class LocalBackend:
             try:
                 self._launch(worker)
             except OSError as error:
-                self._events.append(Refused(worker, error))
+                self._events.append(Refused(worker, _explained(error)))
 
     def signal(self, worker: int, number: int, group: bool) -> None:
         if worker in self._processes:
@@ -203,7 +211,7 @@ class LocalBackend:
             self._slots.append(process.slot)
             if process.connection is not None:
                 process.connection.close()
-            self._events.append(Refused(worker, OSError(number, text)))
+            self._events.append(Refused(worker, _explained(OSError(number, text))))
         elif kind == messages.EXITED:
             worker, status, log, for_memory = message
             self._ended(worker, Exit(os.waitstatus_to_exitcode(status), "OOMKilled" if for_memory else "", log))
@@ -274,6 +282,13 @@ def _machine(settings: Any) -> Pool:
     if asked.cpu > has.cpu or asked.memory > has.memory or asked.gpu > has.gpu:
         raise ConfigError(f"the executor asks for {asked}, but this machine has {has}")
     return Pool("local", asked, devices[: asked.gpu])
+
+
+def _explained(error: OSError) -> LaunchError:
+    hint = _HINTS.get(error.errno or 0, "")
+    explained = LaunchError(f"no process could be started on this machine: {error}{hint}")
+    explained.__cause__ = error
+    return explained
 
 
 def _interpreter_flags() -> list[str]:
