@@ -50,7 +50,7 @@ while True:
             for _ in range(20):
                 ex.options(max_worker_losses=1).submit(__import__("os")._exit, 3).exception()
 """
-KINDS = ["submit", "map", "large", "children", "gil", "losses"]
+KINDS = ["submit", "map", "large", "children", "gil", "losses", "gil portable", "map portable"]
 
 
 def named_sockets() -> set[str]:
@@ -76,12 +76,14 @@ def test_nothing_is_left_when_the_driver_is_killed(
     home.mkdir()
     for round in range(size(2, 100)):
         mark = uuid.uuid4().hex
+        word, _, portable = kind.partition(" ")
         places = {"TMPDIR": str(temporary), "HOME": str(home), "XDG_RUNTIME_DIR": str(home)}
-        environment = {**os.environ, **places, MARK: mark, "PYTHONPATH": package_root, "PYTHONDONTWRITEBYTECODE": "1"}
+        python = {"FIBEREXEC_PORTABLE": "1" if portable else "", "PYTHONPATH": package_root}
+        environment = {**os.environ, **places, **python, MARK: mark}
         shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
         delay = rng.uniform(0, LONGEST)
         driver = subprocess.Popen(
-            [sys.executable, str(program), kind], env=environment, cwd=home, stdout=subprocess.PIPE
+            [sys.executable, str(program), word], env=environment, cwd=home, stdout=subprocess.PIPE
         )
         with driver:
             if round % 4:  # most rounds look at what comes after the start

@@ -377,6 +377,33 @@ def test_the_fork_server_may_be_killed_again_and_again(until: Callable[..., bool
 
 
 @linux
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_fork_server_that_is_killed_while_workers_start_breaks_nothing(
+    workers: int, until: Callable[..., bool]
+) -> None:
+    with FiberExecutor(workers, min_workers=workers, initializer=time.sleep, initargs=(0.3,)) as ex:
+        future = ex.submit(abs, -5)
+        assert until(lambda: sum(worker.pid > 0 for worker in ex.workers()) == workers)
+        os.kill(server_of(ex.workers()[0].pid), signal.SIGKILL)
+        assert future.result(30) == 5
+
+
+def kill_the_parent() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_a_task_that_kills_the_fork_server_again_and_again_fails_and_breaks_nothing() -> None:
+    with FiberExecutor(2) as ex:
+        bad = ex.submit(kill_the_parent)
+        others = [ex.submit(abs, -number) for number in range(50)]
+        error = bad.exception(60)
+        assert isinstance(error, WorkerLost)
+        assert "fork server" in error.reason
+        assert [future.result(30) for future in others] == list(range(50))
+
+
+@linux
 def test_a_fork_server_that_is_stopped_does_not_stop_what_runs(until: Callable[..., bool]) -> None:
     with FiberExecutor(1) as ex:
         server = server_of(ex.submit(os.getpid).result(30))
