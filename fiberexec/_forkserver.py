@@ -27,6 +27,7 @@ from fiberexec import _platform, _worker
 from fiberexec._stream import Frame, ProtocolError, Stream, pack
 
 _END_TIMEOUT = 2.0  # seconds
+_PAUSE = 0.01  # seconds
 _GLANCE = 1000  # milliseconds between two looks at the driver
 TAIL = 2048  # bytes of stderr that are kept of each worker
 
@@ -61,6 +62,8 @@ class ForkServer:
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
+        self._stderr = select.poll()
+        self._stderr.register(2, select.POLLOUT)
         self._driver = os.getppid()
         self._adopting = False
         self._kills = _platform.memory_kills()
@@ -189,7 +192,7 @@ class ForkServer:
                 continue  # an adopted one
             _kill_group(pid)
             self._by_worker.pop(child.worker, None)
-            while self._pass_on(child):
+            while self._pass_on(child, last=True):
                 pass
             self._mute(child)
             kills = _platform.memory_kills()
@@ -205,8 +208,12 @@ class ForkServer:
             os.close(child.stderr)
             child.stderr = -1
 
-    def _pass_on(self, child: _Child) -> bool:
+    def _pass_on(self, child: _Child, last: bool = False) -> bool:
         """Forward what the worker wrote to stderr; False when there is nothing more."""
+        writable = bool(self._stderr.poll(0))
+        if not writable and not last:
+            sleep(_PAUSE)  # whoever reads our stderr is slow: let the worker wait for it, and nothing else
+            return True
         try:
             data = os.read(child.stderr, 4096) if child.stderr >= 0 else b""
         except BlockingIOError:
@@ -215,7 +222,8 @@ class ForkServer:
             return False
         child.tail = (child.tail + data)[-TAIL:]
         try:
-            os.write(2, data)
+            if writable:
+                os.write(2, data)
         except OSError:
             pass  # the driver's stderr has gone; the tail is still there for the report
         return True
