@@ -3,7 +3,8 @@
 - A task whose cost is not known, or is more than ``limits.long``, goes alone to an idle worker: nothing waits
   behind it.
 - Cheap tasks travel in batches, as many as ``limits.ahead`` seconds of measured work allow, but never more than a fair
-  share of what waits, so that the workers finish together.
+  share of what waits, so that the workers finish together. Where that is too little to be worth a message, a worker
+  gets what is, and others nothing.
 - A busy worker is sent more when half of that is done, and only when no worker is idle. That is not done for each new
   task, but when a worker has replied: what was submitted meanwhile travels together.
 - Lanes are served by priority, then by who came first. A task that waits for resources keeps tasks of later lanes from
@@ -12,11 +13,13 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from fiberexec._scheduler.events import Send
 from fiberexec._scheduler.fleet import Fleet
 from fiberexec._scheduler.queue import Lane, Queue
 from fiberexec._scheduler.records import Limits, Task, Unit, WorkerRecord
-from fiberexec._states import BUSY, SENT
+from fiberexec._states import BUSY, QUEUED, SENT
 from fiberexec.backends.base import Resources
 
 _LEAST = 1e-7  # seconds: nothing is cheaper, whatever was measured
@@ -77,8 +80,8 @@ def _send_alone(queue: Queue, fleet: Fleet, lane: Lane, task: Task, worker: Work
     queue.items -= 1
     fleet.occupy(worker, task)
     worker.solo = True
-    units = [_hand_over(task, worker, task.profile.cost or 0.0)]
-    _account(worker, 1)
+    units: list[tuple[int, Task, int, int]] = []
+    _hand_over([(task, task.profile.cost or 0.0)], worker, units)
     demand = task.profile.demand
     return Send(worker.id, units, worker.devices if demand is not None and demand.gpu else None)
 
@@ -87,29 +90,44 @@ def _send_batch(queue: Queue, fleet: Fleet, lane: Lane, worker: WorkerRecord, li
     if not worker.inflight:
         fleet.occupy(worker, lane.tasks[0])
         worker.solo = False
+    tasks = lane.tasks
     seconds = limits.ahead - worker.backlog
+    worthwhile = limits.worthwhile
     size = limits.ahead_bytes
     share = max(1, queue.items // (2 * len(fleet.workers)))
-    if worker.quota is not None:
-        share = min(share, worker.quota)
-    units: list[tuple[int, Task, int, int]] = []
+    most = inf if worker.quota is None else worker.quota
     given = 0
-    while (task := lane.head()) is not None and not _goes_alone(task, limits):
-        cost = max(task.profile.cost or 0.0, _LEAST)
-        count = min(task.stop - task.start, share - given, int(seconds / cost) + 1)
+    chosen: list[tuple[Task, float]] = []
+    profile = None
+    cost = 0.0
+    while tasks and seconds > 0 and size > 0 and given < most and (given < share or worthwhile > 0):
+        task = tasks[0]
+        if task.state is not QUEUED:
+            tasks.popleft()
+            continue
+        if task.profile is not profile:
+            if _goes_alone(task, limits):
+                break
+            profile = task.profile
+            cost = max(profile.cost or 0.0, _LEAST)
+        count = task.stop - task.start
+        if count > 1:
+            fair = max(share - given, int(worthwhile / cost) + 1)
+            count = int(min(count, fair, most - given, int(seconds / cost) + 1))
         if count < task.stop - task.start:
             task = task.split(count)
         else:
-            lane.tasks.popleft()
-        units.append(_hand_over(task, worker, cost * count))
+            tasks.popleft()
+        estimate = cost * count
+        chosen.append((task, estimate))
         given += count
-        seconds -= cost * count
+        seconds -= estimate
+        worthwhile -= estimate
         if task.payload is not None:
             size -= task.payload.size
-        if seconds <= 0 or size <= 0 or given >= share:
-            break
     queue.items -= given
-    _account(worker, given)
+    units: list[tuple[int, Task, int, int]] = []
+    _hand_over(chosen, worker, units)
     if worker.backlog * 2 >= limits.ahead or worker.quota == 0:
         fleet.hungry.pop(worker.id, None)
     else:
@@ -117,19 +135,19 @@ def _send_batch(queue: Queue, fleet: Fleet, lane: Lane, worker: WorkerRecord, li
     return Send(worker.id, units, None)
 
 
-def _hand_over(task: Task, worker: WorkerRecord, estimate: float) -> tuple[int, Task, int, int]:
-    task.state = SENT  # "assign" of the table; too hot a path to look it up
-    task.worker = worker.id
-    number = worker.next_number
-    count = task.stop - task.start
-    worker.next_number = number + count
-    worker.inflight.append(Unit(number, task, estimate))
-    worker.backlog += estimate
-    worker.items += count
-    return number, task, task.start, task.stop
-
-
-def _account(worker: WorkerRecord, given: int) -> None:
+def _hand_over(chosen: list[tuple[Task, float]], worker: WorkerRecord, units: list[tuple[int, Task, int, int]]) -> None:
+    """Put tasks, each with the seconds that it may take, into a worker's hands."""
+    inflight = worker.inflight
+    number = first = worker.next_number
+    for task, estimate in chosen:
+        task.state = SENT  # "assign" of the table; too hot a path to look it up
+        task.worker = worker.id
+        inflight.append(Unit(number, task, estimate))
+        units.append((number, task, task.start, task.stop))
+        worker.backlog += estimate
+        number += task.stop - task.start
+    worker.next_number = number
+    worker.items += number - first
     if worker.quota is not None:
-        worker.quota -= given
+        worker.quota -= number - first
     worker.state = BUSY

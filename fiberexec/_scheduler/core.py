@@ -122,10 +122,7 @@ class Scheduler:
     # -- tasks
 
     def _submitted(self, event: ev.Submitted) -> None:
-        push = self.queue.push
-        for task in event.tasks:
-            push(task)
-            self.open += task.stop - task.start
+        self.open += self.queue.extend(event.tasks)
 
     def _cancelled(self, event: ev.Cancelled) -> None:
         for task in event.tasks:

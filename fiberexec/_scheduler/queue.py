@@ -54,6 +54,19 @@ class Queue:
             lanes.sort(key=lambda lane: (-lane.priority, lane.tasks[0].id + lane.tasks[0].start))
         return lanes
 
+    def extend(self, tasks: list[Task]) -> int:
+        """Add tasks at the end of their lanes; returns how many items they have."""
+        profile = None
+        items = 0
+        for task in tasks:
+            if task.profile is not profile:
+                profile = task.profile
+                append = self._lane_of(task).tasks.append
+            append(task)
+            items += task.stop - task.start
+        self.items += items
+        return items
+
     def push(self, task: Task) -> None:
         self._lane_of(task).tasks.append(task)
         self.items += task.stop - task.start

@@ -26,6 +26,7 @@ class Limits(NamedTuple):
     grace: float = 2.0  # between SIGTERM and SIGKILL
     long: float = 0.001  # a task that takes longer is never sent ahead
     ahead: float = 0.004  # measured work in flight at one worker, at most; refilled below half of it
+    worthwhile: float = 0.0003  # measured work that a message is worth; a batch has at least so much, if it is there
     ahead_bytes: int = 1 << 20  # of payloads in one batch
     stall: float = 0.005  # a worker with tasks waiting that is silent for so long has them recalled
 

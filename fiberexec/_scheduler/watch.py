@@ -11,6 +11,7 @@ from fiberexec._scheduler.hands import isolate, unit_of
 from fiberexec._scheduler.records import Limits, WorkerRecord
 from fiberexec._states import BUSY
 
+_RECALLS = 16  # at once, more than there are idle workers: many silent workers mean that it is us who are late
 _SOON = 0.001  # seconds between two looks at a worker that is about to reach what is to be stopped
 
 
@@ -22,6 +23,7 @@ class Watch:
         self._agenda = agenda
         self._workers = fleet.workers
         self._hungry = fleet.hungry
+        self._idle = fleet.idle
         self._stall_armed = False
 
     def follow(self, sends: list[ev.Send]) -> None:
@@ -85,10 +87,12 @@ class Watch:
         """Recall what waits behind a task that takes longer than was thought; look again while anything waits."""
         self._stall_armed = False
         oldest = self._agenda.now - self._limits.stall
+        most = _RECALLS + len(self._idle)
         for worker in self._workers.values():
             if worker.items > 1 and worker.state is BUSY:
                 self._stall_armed = True
-                if worker.heard <= oldest:
+                if worker.heard <= oldest and not worker.recalling and most:
+                    most -= 1
                     self.recall(worker)
         if self._stall_armed:
             self._agenda.at(self._agenda.now + self._limits.stall, self._check_stall)
