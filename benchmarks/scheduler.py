@@ -16,6 +16,7 @@ from fiberexec._scheduler import events as ev
 from fiberexec.backends.base import Pool, Resources
 
 BATCH = 1000  # tasks in one Submitted event
+AHEAD = 20  # tasks a worker that the program has submitted before they are needed, at least
 COST = 20e-6  # seconds that a worker says it took for a task
 OUTCOME = (0, b"", ())
 
@@ -63,12 +64,13 @@ def measure(workers: int, tasks: int) -> float:
     collecting = gc.isenabled()
     gc.disable()  # the tasks of this benchmark are all alive at once; those of a program come and go
     try:
-        for first in range(0, tasks, BATCH):
-            bench.tell(ev.Submitted(ready[first : first + BATCH]))
-            while len(bench.answers) >= workers:
+        first = 0
+        while first < tasks or bench.answers:
+            if first < tasks and bench.scheduler.queue.items < AHEAD * workers:
+                bench.tell(ev.Submitted(ready[first : first + BATCH]))
+                first += BATCH
+            else:
                 bench.answer()
-        while bench.answers:
-            bench.answer()
     finally:
         if collecting:
             gc.enable()
