@@ -228,7 +228,7 @@ def test_functions_of_a_test_module(mode: str, start: Start, tmp_path: Path) -> 
         "    assert type(ex.submit(point).result()) is Point\n"
     )
     arguments = ["-q", "-p", "no:cacheprovider", "-W", "error", f"--import-mode={mode}", "test_inner.py"]
-    program = start("-m", "pytest", *arguments).finish()
+    program = start("-m", "pytest", *arguments, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1").finish()
     assert (program.code, "1 passed" in program.out) == (0, True), program.out + program.err
 
 
