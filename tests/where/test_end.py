@@ -94,6 +94,18 @@ ENDINGS["os._exit ends everything at once"] = (
     "",
     "",
 )
+ENDINGS["a program that becomes another one leaves its workers"] = (
+    """
+ex = FiberExecutor(2)
+pids = [ex.submit(os.getpid).result()]
+ex.submit(time.sleep, 600)
+script = HEAD + f"print(wait_until_gone({pids}))"
+os.execv(sys.executable, [sys.executable, "-c", script])
+""",
+    0,
+    "[]\n",
+    "",
+)
 ENDINGS["an executor that never worked costs nothing"] = ("ex = FiberExecutor(4); print('end')", 0, "end\n", "")
 ENDINGS["a collected executor takes its workers along"] = (
     """
@@ -204,7 +216,7 @@ for name in ("terminate_workers", "kill_workers"):
 @pytest.mark.parametrize("name", ENDINGS)
 def test_an_ending(name: str, script: Script) -> None:
     source, code, out, err = ENDINGS[name]
-    program = script(HEAD + source).finish()
+    program = script(HEAD + f"HEAD = {HEAD!r}\n" + source).finish()
     assert (program.code, program.out) == (code, out), program.err
     assert program.err.endswith(err) and bool(program.err) == bool(err), program.err
 

@@ -24,6 +24,25 @@ thread.join()
     "[0, 1, 4, 9]\n",
 )
 
+PROGRAMS["used after the thread that made it has ended"] = (
+    """
+import os, threading
+from fiberexec import FiberExecutor
+made = []
+def make():
+    made.append(FiberExecutor(2))
+    made.append(made[0].submit(os.getpid).result())
+thread = threading.Thread(target=make)
+thread.start()
+thread.join()
+ex, pid = made
+os.kill(pid, 0)
+print(ex.submit(pow, 2, 6).result(), ex.submit(os.getpid).result() == pid)
+ex.shutdown()
+""",
+    "64 True\n",
+)
+
 PROGRAMS["submitted to by a done-callback, which may also shut it down"] = (
     """
 import queue
@@ -124,6 +143,35 @@ for _name, (_child, _shown) in CHILDREN.items():
         _ways["os.fork and os._exit"] = OS_FORK.format(leave="os._exit(0)")
     for _way, _fork in _ways.items():
         PROGRAMS[f"{_way}: {_name} in the child"] = (FORK.format(child=_child, fork=_fork), _shown + _rest)
+
+PROGRAMS["os.fork while other threads submit"] = (
+    """
+import gc, os, sys, threading, warnings
+from fiberexec import FiberExecutor
+warnings.simplefilter("ignore", DeprecationWarning)
+ex = FiberExecutor(2)
+stop = threading.Event()
+def submit():
+    while not stop.is_set():
+        ex.submit(abs, -1).result()
+threads = [threading.Thread(target=submit) for _ in range(3)]
+for thread in threads: thread.start()
+codes = set()
+for _ in range(10):
+    pid = os.fork()
+    if pid == 0:
+        ex.shutdown()
+        ex = None
+        gc.collect()
+        os._exit(FiberExecutor(1).submit(abs, -7).result())
+    codes.add(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+stop.set()
+for thread in threads: thread.join()
+print(codes, ex.submit(pow, 2, 4).result())
+ex.shutdown()
+""",
+    "{7} 16\n",
+)
 
 PROGRAMS["fork inside a task"] = (
     """
