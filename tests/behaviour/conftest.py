@@ -15,10 +15,18 @@ import pytest
 from fiberexec import FiberExecutor, _platform
 
 LIMIT = 30.0  # seconds after which a test that waits gives up; nothing takes a tenth of it
-BACKENDS = ("local", "portable")  # portable: the local backend without what only Linux has
+BACKENDS = ["local"]
+# The local backend without what only Linux has, for what could depend on it: how workers are watched, stopped and ended.
+PORTABLE = {"test_elastic", "test_end", "test_no_waiting", "test_standard", "test_terminate", "test_timeouts"}
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        portable = ["portable"] if metafunc.module.__name__.rpartition(".")[2] in PORTABLE else []
+        metafunc.parametrize("backend", BACKENDS + portable, indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend that can be reached from here."""
     if request.param == "portable":
