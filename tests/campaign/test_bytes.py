@@ -408,9 +408,10 @@ def test_the_driver_believes_no_fork_server_that_sends_garbage(
 ) -> None:
     exited = b"".join(pack(messages.EXITED, messages.encode((1, 9, "", False))))
     forked = b"".join(pack(messages.FORKED, messages.encode((1, os.getpid()))))
+    settings = _config.load()
     for _ in range(size(4_000, 200_000)):
         data = garbage(rng, rng.choice([exited, forked]))
-        backend = LocalBackend(_config.load())
+        backend = LocalBackend(settings)
         ours, theirs = socket.socketpair()
         with theirs:
             theirs.sendall(data)
