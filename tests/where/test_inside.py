@@ -150,6 +150,7 @@ import gc, os, sys, threading, warnings
 from fiberexec import FiberExecutor
 warnings.simplefilter("ignore", DeprecationWarning)
 ex = FiberExecutor(2)
+ex.submit(int).result()  # what is imported at the first use is: Python's own import locks are not safe with fork
 stop = threading.Event()
 def submit():
     while not stop.is_set():
