@@ -15,27 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 from fiberexec._scheduler import Limits, Profile, Scheduler, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._states import DELAYED, QUEUED
 from fiberexec.backends.base import Exit, Pool, Resources
+from fiberexec.testing._script import Attempt, Launch, Refusal, Work
 
-VALUE, ERROR = "value", "error"
 _FLUSH = 0.003  # seconds that a worker keeps results back, as the real one does
 _CLAIM_SHOWS = 0.001  # seconds between a recall and its answer
-
-
-class Attempt(NamedTuple):
-    """How one attempt at one item goes: it takes ``seconds``, and ends in "value", "error" or "crash".
-
-    ``seconds=inf`` is an item that hangs. A ``stubborn`` one ignores SIGTERM.
-    """
-
-    seconds: float = 0.001
-    ends: str = VALUE
-    stubborn: bool = False
 
 
 class Stuck(AssertionError):
@@ -68,8 +57,8 @@ class Simulation:
 
     - ``max_workers`` and ``limits``: see ``FiberExecutor``; limits may be any field of the scheduler's ``Limits``.
     - ``work(item, attempt)``: what an attempt at an item comes to (an ``Attempt``); by default 1 ms and a value.
-    - ``launch(n)``: what the n-th launch comes to, counted from 1: seconds until the worker is ready, or an exception,
-      which refuses it for good, or a tuple (exception, seconds until the next try). By default 50 ms.
+    - ``launch(n)``: what the n-th launch comes to, counted from 1: seconds until the worker is ready, or a ``Refusal``.
+      By default 50 ms.
     - ``workers_per_job``: so many workers share a job and a pool of ``capacity`` and ``devices``; 0: one for all.
 
     ``now`` is the time in seconds. ``outcomes`` says by item how it ended: "value", "error", "timeout", "cancelled",
@@ -80,8 +69,8 @@ class Simulation:
         self,
         max_workers: int = 1,
         *,
-        work: Callable[[int, int], Attempt] | None = None,
-        launch: Callable[[int], float | BaseException | tuple[BaseException, float]] | None = None,
+        work: Work | None = None,
+        launch: Launch | None = None,
         workers_per_job: int = 1,
         capacity: Resources | None = None,
         devices: tuple[str, ...] = (),
@@ -239,9 +228,7 @@ class Simulation:
         self.launched += 1
         number = self.launched
         comes_to = self._launch(number)
-        if isinstance(comes_to, BaseException):
-            self.at(self.now, lambda: self.tell(ev.WorkerRefused(worker, comes_to, None)))
-        elif isinstance(comes_to, tuple):
+        if isinstance(comes_to, Refusal):
             self.at(self.now, lambda: self.tell(ev.WorkerRefused(worker, *comes_to)))
         else:
             job = str((number - 1) // self._per_job if self._per_job else 0)

@@ -11,7 +11,7 @@ import pytest
 from fiberexec._scheduler import events as ev
 from fiberexec._states import IDLE
 from fiberexec.backends.base import Exit
-from fiberexec.testing import Attempt, Simulation
+from fiberexec.testing import Attempt, Refusal, Simulation
 
 Make = Callable[..., Simulation]
 NO = OSError("no quota")
@@ -87,7 +87,7 @@ def test_timers_do_not_pile_up_with_short_lived_workers(simulate: Make) -> None:
 
 
 def test_a_launch_that_is_refused_is_tried_again_when_that_makes_sense(simulate: Make) -> None:
-    sim = simulate(1, launch=lambda n: 0.05 if n > 3 else (NO, 10.0))
+    sim = simulate(1, launch=lambda n: 0.05 if n > 3 else Refusal(NO, 10.0))
     sim.submit(sim.profile(), 1)
     sim.run()
     assert sim.outcomes == {1: "value"} and sim.now == pytest.approx(30.05, abs=0.1)
@@ -96,14 +96,14 @@ def test_a_launch_that_is_refused_is_tried_again_when_that_makes_sense(simulate:
 
 
 def test_a_final_refusal_without_a_worker_breaks_the_executor(simulate: Make) -> None:
-    sim = simulate(2, launch=lambda n: NO)
+    sim = simulate(2, launch=lambda n: Refusal(NO))
     sim.submit(sim.profile(), 10)
     sim.run()
     assert set(sim.outcomes.values()) == {"broken"} and sim.scheduler.broken is NO
 
 
 def test_a_final_refusal_beside_a_worker_is_a_warning(simulate: Make) -> None:
-    sim = simulate(2, launch=lambda n: 0.05 if n == 1 else NO, work=lambda item, attempt: Attempt(1.0))
+    sim = simulate(2, launch=lambda n: 0.05 if n == 1 else Refusal(NO), work=lambda item, attempt: Attempt(1.0))
     sim.submit(sim.profile(), 1)
     sim.run(until=0.5)
     sim.submit(sim.profile(), 10)

@@ -15,7 +15,7 @@ from fiberexec._scheduler import Task
 from fiberexec._scheduler import events as ev
 from fiberexec._states import SENT
 from fiberexec.backends.base import Exit, Resources
-from fiberexec.testing import Attempt, Simulation
+from fiberexec.testing import Attempt, Refusal, Simulation
 
 FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
 EXAMPLES, STEPS = (2000, 100) if FULL else (80, 50)
@@ -27,7 +27,7 @@ attempts = st.builds(
     ends=st.sampled_from(("value", "value", "value", "error", "crash")),
     stubborn=st.booleans(),
 )
-refusals = st.sampled_from((5.0, 1000.0, (OSError("no"), 0.1), (OSError("no"), None)))
+refusals = st.sampled_from((5.0, 1000.0, Refusal(OSError("no"), 0.1), Refusal(OSError("no"))))
 launches = st.lists(st.one_of(st.just(0.0), st.just(0.05), st.just(0.05), refusals), min_size=1, max_size=5)
 exits = st.builds(Exit, st.sampled_from((-9, 0, 1, None)), infrastructure=st.booleans())
 
