@@ -38,6 +38,7 @@ class Connection:
         self.host = host
         self.stream = stream
         self.outbox: deque[Send | tuple[int, bytes, list[Buffer]]] = deque()  # filled under the manager's lock, in order
+        self.recalled = 0  # items up to this number have been taken back
         self._known: dict[int, None] = {}  # ids of functions that the worker has, oldest first
         self._told: dict[str, Any] = {}  # see _changes()
         self._lock = threading.Lock()  # guards the stream's sending side: one frame after the other
@@ -68,8 +69,8 @@ class Connection:
         known = self._known
         for number, task, start, stop in send.units:
             payload = task.payload
-            if payload is None:
-                continue  # it was settled meanwhile: the executor has broken
+            if payload is None or number <= self.recalled:
+                continue  # the executor has broken, or the task was taken back, before this was written
             ref = payload.function
             if ref.id not in known:
                 known[ref.id] = None

@@ -406,6 +406,9 @@ class Manager:
             self.backend.probe(action.worker)
             self._ask_backend = True
         elif isinstance(action, ev.Recall):
+            connection = self.connections.get(action.worker)
+            if connection is not None:
+                connection.recalled = action.number
             self.backend.recall(action.worker, action.number)
             self._ask_backend = True
         elif isinstance(action, ev.Warn):

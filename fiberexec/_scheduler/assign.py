@@ -119,12 +119,13 @@ def _send_batch(queue: Queue, fleet: Fleet, lane: Lane, worker: WorkerRecord, li
         else:
             tasks.popleft()
         estimate = cost * count
+        if task.payload is not None:
+            estimate += task.payload.size * limits.byte
+            size -= task.payload.size
         chosen.append((task, estimate))
         given += count
         seconds -= estimate
         worthwhile -= estimate
-        if task.payload is not None:
-            size -= task.payload.size
     queue.items -= given
     units: list[tuple[int, Task, int, int]] = []
     _hand_over(chosen, worker, units)

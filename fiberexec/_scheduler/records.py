@@ -28,6 +28,7 @@ class Limits(NamedTuple):
     ahead: float = 0.004  # measured work in flight at one worker, at most; refilled below half of it
     worthwhile: float = 0.0003  # measured work that a message is worth; a batch has at least so much, if it is there
     ahead_bytes: int = 1 << 20  # of payloads in one batch
+    byte: float = 1e-9  # seconds that a byte of a payload takes on its way, as counted in the work in flight
     stall: float = 0.005  # a worker with tasks waiting that is silent for so long has them recalled
 
 
