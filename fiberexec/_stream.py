@@ -185,7 +185,8 @@ class Stream:
                 position += size
                 continue
             if size >= _DIRECT:
-                whole = bytearray(size) if table[len(buffers)] & 3 else _platform.fresh_memory(size)
+                kept = table[len(buffers)] & 3 == _BYTEARRAY  # what arrives as bytes is copied once more anyway
+                whole = bytearray(size) if kept else _platform.fresh_memory(size)
                 rest = len(data) - position
                 whole[:rest] = data[position:]
                 buffers.append(whole)
