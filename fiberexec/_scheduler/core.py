@@ -112,11 +112,11 @@ class Scheduler:
                     self._crew.retire(worker)
 
     def _make_room(self) -> None:
-        """Retire a worker whose process is bound to GPUs that are not the ones that are free."""
+        """Retire a worker whose process is bound to GPUs that are not the ones that are free. One at a time."""
         for lane in self.queue.lanes():
-            if lane.demand is not None:
+            if lane.demand is not None and lane.demand.gpu:
                 worker = self.fleet.bound_elsewhere(lane.demand)
-                if worker is not None:
+                if worker is not None and all(w.state in (IDLE, BUSY) for w in self.fleet.workers.values()):
                     self._crew.retire(worker)
 
     # -- tasks

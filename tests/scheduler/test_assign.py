@@ -206,6 +206,15 @@ def test_a_process_keeps_the_devices_it_was_bound_to_and_makes_room_for_other_ne
     assert sim.scheduler.done == 5
 
 
+def test_no_more_room_is_made_than_is_needed(simulate: Make) -> None:
+    sim = simulate(4, work=lambda item, attempt: Attempt(0.01), workers_per_job=0, devices=("0", "1", "2", "3"))
+    sim.submit(sim.profile(demand=Resources(0.0, 0, 1)), 1, tasks=4)
+    sim.run()
+    sim.submit(sim.profile(demand=Resources(0.0, 0, 2)), 1)
+    sim.run()
+    assert sim.scheduler.done == 5 and sim.launched == 5 and len(sim.workers) == 4
+
+
 def test_a_worker_gets_no_more_tasks_than_max_tasks_per_child(simulate: Make) -> None:
     ran: dict[int, int] = {}
     sim = simulate(2, work=lambda item, attempt: Attempt(0.00001), max_tasks_per_child=7)
