@@ -101,11 +101,11 @@ class Scheduler:
             if sends:
                 self._agenda.actions += sends
                 self._watch.follow(sends)
-            if queue.items:
-                self._make_room()
         least = 0 if self.closing else self.limits.min_workers
         if (queue.items and len(workers) < most) or len(workers) < least:
             self._crew.fill(queue.items, least)
+        if queue.items:
+            self._make_room()
         if self.closing and not self.open:
             for worker in list(workers.values()):
                 if worker.state in (IDLE, STARTING):
