@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -41,12 +42,24 @@ def test_tasks_behind_one_that_holds_move_to_another_worker(executor: FiberExecu
 
 
 @pytest.mark.parametrize("chunksize", [None, 200])
-@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("place", [0, 1, 6, 57, 150])
 def test_items_behind_one_that_holds_move_to_another_worker(
-    executor: FiberExecutor, board: Any, chunksize: int | None, measured: bool
+    executor: FiberExecutor, board: Any, chunksize: int | None, place: int
 ) -> None:
-    """The item at the front ends only when the one at the back of the same chunk has run."""
+    """The item that holds ends only when the one right behind it has run."""
 
+    def work(i: int) -> int:
+        if i == place:
+            board.wait("next")
+        if i == place + 1:
+            board.post("next")
+        return i
+
+    list(executor.map(work, [-1] * 500))
+    assert list(executor.map(work, range(200), chunksize=chunksize, timeout=LIMIT)) == list(range(200))
+
+
+def test_items_nobody_has_measured_move_too(executor: FiberExecutor, board: Any) -> None:
     def work(i: int) -> int:
         if i == 0:
             board.wait("last")
@@ -54,9 +67,7 @@ def test_items_behind_one_that_holds_move_to_another_worker(
             board.post("last")
         return i
 
-    if measured:
-        list(executor.map(work, [-1] * 500))
-    assert list(executor.map(work, range(200), chunksize=chunksize, timeout=LIMIT)) == list(range(200))
+    assert list(executor.map(work, range(200), chunksize=200, timeout=LIMIT)) == list(range(200))
 
 
 def test_as_many_may_hold_as_there_are_workers_but_one(make_executor: Make, board: Any) -> None:
@@ -81,14 +92,25 @@ def test_results_before_one_that_holds_arrive_while_it_holds(make_executor: Make
     assert futures[5].result(LIMIT) == 0
 
 
-def test_map_hands_results_over_while_a_later_item_of_the_chunk_holds(make_executor: Make, board: Any) -> None:
+@pytest.mark.parametrize("place", [1, 7, 150, 290])
+@pytest.mark.parametrize("plain", [True, False])
+def test_map_hands_results_over_while_a_later_item_of_the_chunk_holds(
+    make_executor: Make, board: Any, place: int, plain: bool
+) -> None:
+    def work(i: Any) -> int:
+        if float(i) == place:
+            board.post("held")
+            board.wait("go")
+        return int(i)
+
     executor = make_executor(1)
-    warm(executor, board)
-    results = executor.map(step, [board] * 300, [*range(1, 200), 0, *range(200, 300)], chunksize=300)
-    assert [next(results) for _ in range(199)] == list(range(1, 200))
+    list(executor.map(work, [-1] * 500))
+    items = range(300) if plain else [Fraction(i) for i in range(300)]
+    results = executor.map(work, items, chunksize=300, timeout=LIMIT)
+    assert [next(results) for _ in range(place)] == list(range(place))
     assert len(board.wait("held")) == 1
     board.post("go")
-    assert list(results) == [0, *range(200, 300)]
+    assert list(results) == list(range(place, 300))
 
 
 def test_what_is_submitted_while_one_holds_goes_elsewhere(executor: FiberExecutor, board: Any) -> None:

@@ -192,15 +192,19 @@ def test_stop_after_delay_counts_from_the_first_attempt(executor: FiberExecutor)
 
 def test_thousands_wait_at_once_without_threads_and_without_workers(executor: FiberExecutor, eventually: Any) -> None:
     count = 3000
-    view = executor.options(retry=Retrying(wait=wait_fixed(2), stop=stop_after_attempt(2), reraise=True))
+    go = threading.Event()
+    # nobody comes back before all wait: the second attempt is due when the test says so
+    view = executor.options(retry=Retrying(wait=lambda state: 0.0 if go.is_set() else 600.0))
     threads = threading.active_count()
     futures = [view.submit(until, 2) for _ in range(count)]
-    waiting = eventually(lambda: executor.stats().delayed > count // 2 and executor.stats(), "most of them wait")
+    eventually(lambda: executor.stats().delayed == count, "all of them wait")
     assert threading.active_count() <= threads + 1
     assert executor.submit(int, "3").result(LIMIT) == 3  # the workers are free meanwhile
-    assert waiting.delayed <= count
-    assert [future.result(LIMIT) for future in futures] == [2] * count
-    assert executor.stats().retried == count and executor.stats().delayed == 0
+    assert not any(future.done() for future in futures)
+    assert all(future.cancel() for future in futures)
+    assert executor.stats().delayed == 0
+    go.set()
+    assert [future.result(LIMIT) for future in [view.submit(until, 2) for _ in range(200)]] == [2] * 200
 
 
 def test_one_that_waits_holds_nobody_up(make_executor: Make) -> None:
@@ -275,7 +279,7 @@ def test_after_a_time_limit_the_last_exception_says_so(executor: FiberExecutor, 
             board.wait("never")
         return type(last).__name__
 
-    assert executor.options(retry=Retrying(), timeout=0.2).submit(work).result(LIMIT) == "TaskTimeout"
+    assert executor.options(retry=Retrying(), timeout=0.8).submit(work).result(LIMIT) == "TaskTimeout"
 
 
 def test_after_a_lost_worker_the_attempt_is_counted(executor: FiberExecutor) -> None:
