@@ -208,7 +208,10 @@ class Garbler:
     def signal(self, worker: int, number: int, group: bool) -> None:
         pass  # they go by themselves
 
-    def probe(self, worker: int) -> base.Cell | None:
+    def probe(self, worker: int) -> None:
+        pass
+
+    def peek(self, worker: int) -> base.Cell | None:
         return None
 
     def recall(self, worker: int, number: int) -> None:

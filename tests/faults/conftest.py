@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -75,3 +77,48 @@ def package_root() -> str:
     import fiberexec
 
     return str(Path(fiberexec.__file__).resolve().parent.parent)
+
+
+BEGIN = """
+import os, resource, sys, time, warnings
+from fiberexec import BrokenExecutor, FiberExecutor, LaunchError
+
+def square(n):
+    return n * n
+
+def limit(name, number):
+    resource.setrlimit(getattr(resource, name), (number, resource.getrlimit(getattr(resource, name))[1]))
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, package_root: str) -> Callable[..., str]:
+    """``run(source, before=[...], **environment)`` runs a program to its end and returns what it printed."""
+
+    def run_program(
+        source: str,
+        before: list[str] | None = None,
+        user: int | None = None,
+        python: str = sys.executable,
+        **environment: str,
+    ) -> str:
+        program = tmp_path / "program.py"
+        program.write_text(BEGIN + source)
+        path = os.pathsep.join([*filter(None, [environment.pop("first", "")]), package_root])
+        done = subprocess.run(
+            [*(before or []), python, "-W", "error::ResourceWarning", str(program)],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd="/",
+            user=user,
+        )
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    return run_program
