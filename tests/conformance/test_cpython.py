@@ -79,12 +79,16 @@ EXCLUDED: dict[str, tuple[tuple[int, ...], str]] = {
 }
 
 RESULT = "an exception is a result, wherever it is raised: it costs no worker"
-# test: (what FiberExecutor raises instead of BrokenProcessPool, why)
+# test: (what FiberExecutor raises instead, why)
 CHANGED: dict[str, tuple[type[BaseException], str]] = {
     "test_exit_at_task_unpickle": (SystemExit, RESULT),
     "test_error_at_task_unpickle": (pickle.UnpicklingError, RESULT),
     "test_error_during_result_unpickle_in_result_handler": (pickle.UnpicklingError, RESULT),
     "test_exit_during_result_unpickle_in_result_handler": (SystemExit, RESULT),
+    "test_exit_during_result_pickle_on_worker": (
+        fiberexec.PicklingError,
+        "what cannot be pickled is said with its place in the result; the SystemExit is the cause",
+    ),
 }
 
 # test: why it begins with a worker that has started
@@ -307,3 +311,4 @@ def test_an_exclusion_names_a_test_that_exists_and_says_why(key: str) -> None:
 @pytest.mark.parametrize("test", CHANGED)
 def test_a_changed_expectation_names_a_test_that_exists(test: str) -> None:
     assert test in owners()["ExecutorDeadlockTest"]
+    assert len(CHANGED[test][1]) > 20
