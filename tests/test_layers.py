@@ -27,7 +27,14 @@ LAYERS = [
     {"fiberexec.executor"},
     {"fiberexec._map", "fiberexec._options", "fiberexec._stats"},
     {"fiberexec._manager"},
-    {"fiberexec._connection", "fiberexec._futures", "fiberexec._initargs", "fiberexec._outcomes", "fiberexec._retry"},
+    {
+        "fiberexec._connection",
+        "fiberexec._futures",
+        "fiberexec._initargs",
+        "fiberexec._lifetime",
+        "fiberexec._outcomes",
+        "fiberexec._retry",
+    },
     {"fiberexec.backends", "fiberexec._hub", "fiberexec._agent", "fiberexec._link"},
     {"fiberexec._forkserver"},
     {"fiberexec._worker", "fiberexec._bundle"},
@@ -103,9 +110,7 @@ def test_a_concrete_backend_imports_no_other_and_nothing_of_the_core(module: str
     core = ("fiberexec.executor", "fiberexec._manager", "fiberexec._scheduler", "fiberexec.backends.registry")
     wrong = [target for target, _ in imported(module) if target.startswith(core)]
     others = [
-        t
-        for t, _ in imported(module)
-        if t.startswith("fiberexec.backends.") and t not in ("fiberexec.backends.base", module)
+        t for t, _ in imported(module) if t.startswith("fiberexec.backends.") and t not in ("fiberexec.backends.base", module)
     ]
     assert not wrong + others
 
