@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fiberexec._options import meta
     from fiberexec._serialize import PicklingError
     from fiberexec._stats import Stats, WorkerInfo
-    from fiberexec._worker import TaskInfo, current_task
+    from fiberexec._task import TaskInfo, current_task
     from fiberexec.executor import ExecutorView, FiberExecutor
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _WHERE = {
     "_options": ("meta",),
     "_serialize": ("PicklingError",),
     "_stats": ("Stats", "WorkerInfo"),
-    "_worker": ("TaskInfo", "current_task"),
+    "_task": ("TaskInfo", "current_task"),
     "executor": ("ExecutorView", "FiberExecutor"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}

@@ -182,9 +182,9 @@ class Manager:
             pipe = os.pipe()
             os.set_blocking(pipe[0], False)
             os.set_blocking(pipe[1], False)
-            self._wake_pipe = pipe
             self._selector = selectors.DefaultSelector()
             self._selector.register(pipe[0], selectors.EVENT_READ, None)
+            self._wake_pipe = pipe  # last: a fork in another thread finds all or nothing
             self._thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
             self._thread.start()
 

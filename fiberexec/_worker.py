@@ -45,6 +45,17 @@ class Stopped(BaseException):
     """Raised inside a task that is being stopped, so that its ``finally`` blocks run."""
 
 
+class _Slice:
+    """Plain items that run in one loop; ``columns`` may be cut short, and ``results`` be taken out, while it runs."""
+
+    def __init__(self, first: int, columns: list[list[Any]]) -> None:
+        self.first = first  # number of the first item
+        self.number = first  # number of the first of the results
+        self.columns = columns
+        self.results: list[Any] = []
+        self.began = monotonic()
+
+
 class Worker:
     """See the module's description."""
 
@@ -60,6 +71,7 @@ class Worker:
         self._stopping = False
         self._logging = False
         self._is_child = False
+        self._slice: _Slice | None = None
         self._log_level = 0
         self.unit: tuple[Any, ...] | None = None  # the unit that is being run
 
@@ -253,9 +265,8 @@ class Worker:
             size = min(size, stop - start)
             if not self._claim(number, size, stop - start):
                 return
-            began = monotonic()
-            results: list[Any] = []
-            append = results.append
+            self._slice = part = _Slice(number, [column[start : start + size] for column in columns])
+            append = part.results.append
             error: BaseException | None = None
             cell[RUNNING] = number
             try:
@@ -263,12 +274,11 @@ class Worker:
                 if type(function) is tuple:
                     function = self._function(function_id)
                 numbers = range(number, number + size)
-                slices = [column[start : start + size] for column in columns]
-                if len(slices) == 1:
-                    for cell[RUNNING], item in zip(numbers, slices[0]):
+                if len(columns) == 1:
+                    for cell[RUNNING], item in zip(numbers, part.columns[0]):
                         append(function(item))
                 else:
-                    for cell[RUNNING], items in zip(numbers, zip(*slices)):
+                    for cell[RUNNING], items in zip(numbers, zip(*part.columns)):
                         append(function(*items))
             except BaseException as reason:
                 if self._stopping:
@@ -276,24 +286,37 @@ class Worker:
                 self._check_forked(reason)
                 error = reason
             self._check_forked(None)
-            done = len(results)
+            self._slice = None
             now = monotonic()
-            self._reply_values(number, results, now - began)
+            self._reply_values(part, now)
+            done = part.number - number
             if error is not None:
-                cell[RUNNING] = number + done
-                self._reply(number + done, 1, messages.ERROR, dump_exception(error), (), 0.0)
+                cell[RUNNING] = part.number
+                self._reply(part.number, 1, messages.ERROR, dump_exception(error), (), 0.0)
                 done += 1
-                error = None
+            elif done < size:  # the rest was recalled meanwhile
+                self._reply(part.number, stop - start - done, messages.RECALLED, b"", (), 0.0)
+                return
             number += done
             start += done
             if now - self._flushed > FLUSH:
                 self._flush()
-            size = max(1, min(SLICE, 2 * size, int(SLICE_SECONDS * size / max(now - began, 1e-7))))
+            size = max(1, min(SLICE, 2 * size, int(SLICE_SECONDS * size / max(now - part.began, 1e-7))))
 
-    def _reply_values(self, number: int, results: list[Any], seconds: float) -> None:
+    def _reply_values(self, part: _Slice, now: float) -> None:
+        """Reply what a slice has got so far."""
+        results = part.results[:]
+        if not results:
+            return
+        del part.results[: len(results)]
+        number = part.number
+        part.number += len(results)
+        seconds = now - part.began
+        part.began = now
         if len(results) > 1 and is_plain(results):
             self._reply(number, len(results), messages.VALUES, dumps_result(results)[0], (), seconds)
             return
+        running = self._cell[RUNNING]
         for result in results:  # pickling runs the user's code: each on its own account
             self._cell[RUNNING] = number
             try:
@@ -304,6 +327,7 @@ class Worker:
                     raise Stopped from None
                 self._reply(number, 1, messages.ERROR, dump_exception(error), (), 0.0)
             number += 1
+        self._cell[RUNNING] = running
 
     def _check_forked(self, error: BaseException | None) -> None:
         """A child that a task forked, and that comes back from the task, is no worker: it ends as a script would."""
@@ -355,6 +379,17 @@ class Worker:
                 self._sending.release()
 
     def _nudged(self, number: int, frame: FrameType | None) -> None:
+        """A task takes longer than was thought: hand over what is done, let go of what was recalled.
+
+        Python calls this between two steps of the task, or of the loop around it: never between a result and its place.
+        """
+        part, cell = self._slice, self._cell
+        if part is not None:
+            self._reply_values(part, monotonic())
+            if cell[RECALLED] > part.number:
+                cell[CLAIMED] = part.number  # it runs, or is about to
+                for column in part.columns:  # the loop ends there
+                    del column[part.number - part.first + 1 :]
         self._flush()
 
     # -- logging
@@ -380,35 +415,3 @@ def task_id() -> int:
     if worker is None or worker.unit is None:
         return 0
     return int(worker.unit[1] + worker._cell[RUNNING] - worker.unit[0])
-
-
-class TaskInfo:
-    """What a task can know of itself.
-
-    ``id`` is the same in every attempt, ``attempt`` counts from 1, ``last_exception`` is what ended the attempt before
-    (None in the first, and when the worker was lost).
-    """
-
-    __slots__ = ("attempt", "id", "last_exception")
-
-    def __init__(self, id: int, attempt: int, last_exception: BaseException | None) -> None:
-        self.id = id
-        self.attempt = attempt
-        self.last_exception = last_exception
-
-    def __repr__(self) -> str:
-        return f"TaskInfo(id={self.id}, attempt={self.attempt}, last_exception={self.last_exception!r})"
-
-
-def current_task() -> TaskInfo | None:
-    """The task that is being executed here, or None outside of a task."""
-    worker = current
-    if worker is None or worker.unit is None:
-        return None
-    extra = worker.unit[9]
-    error = None
-    if extra is not None and "error" in extra:
-        from fiberexec._serialize import load_exception
-
-        error = load_exception(extra["error"])
-    return TaskInfo(task_id(), worker.unit[2], error)

@@ -54,6 +54,8 @@ class LocalBackend:
             raise ConfigError(
                 f"backend 'local' has no options, got backend_options={dict(settings.backend_options)!r}"
             )
+        if not _platform.LINUX:
+            import tempfile  # noqa: F401  in this thread: one that is forked in the middle of an import stays locked
         self.host = _platform.host_name()
         self.largest = _machine(settings)
         self.default_workers = _platform.cpu_count()
