@@ -38,9 +38,13 @@ def give(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("what", "named"),
     [
-        (threading.Lock(), "lock"), (Raises(), "not today"), (Exits(), "SystemExit"), (open, None), ((i for i in ()), "generator"),
+        (threading.Lock(), "lock"),
+        (Raises(), "not today"),
+        (Exits(), "SystemExit"),
+        ((i for i in ()), "generator"),
+        (open, None),
     ],
-)  # fmt: skip
+)
 def test_an_argument_that_cannot_travel_fails_its_future_at_once(
     make_executor: Make, what: Any, named: str | None
 ) -> None:

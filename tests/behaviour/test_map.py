@@ -83,7 +83,7 @@ def test_every_item_but_the_raising_one_has_its_result(executor: FiberExecutor) 
 
 
 def test_the_time_limit_is_for_the_whole(executor: FiberExecutor, board: Any) -> None:
-    results = executor.map(hold_first, [board] * 3, [1, 0, 2], timeout=0.5)
+    results = executor.map(hold_first, [board] * 3, [1, 0, 2], timeout=2)
     assert next(results) == 1
     with pytest.raises(concurrent.futures.TimeoutError):
         next(results)
@@ -93,7 +93,7 @@ def test_the_time_limit_is_for_the_whole(executor: FiberExecutor, board: Any) ->
 def test_the_time_limit_counts_from_the_call(executor: FiberExecutor, board: Any) -> None:
     began = time.monotonic()
     results = executor.map(hold_first, [board], [0], timeout=0.05)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(concurrent.futures.TimeoutError):
         list(results)
     assert time.monotonic() - began < 10
     board.post("go")
@@ -162,7 +162,9 @@ def test_a_lazy_source_may_raise(executor: FiberExecutor) -> None:
     assert found == [0, 1, 4, 9, 16][: len(found)]
 
 
-def test_an_iterator_that_is_dropped_cancels_what_waits(make_executor: Callable[..., Any], board: Any, eventually: Any) -> None:
+def test_an_iterator_that_is_dropped_cancels_what_waits(
+    make_executor: Callable[..., Any], board: Any, eventually: Any
+) -> None:
     executor = make_executor(1)
     results = executor.map(hold_first, [board] * 5000, range(5000))
     eventually(lambda: executor.stats().running, "the first item runs")
