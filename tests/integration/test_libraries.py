@@ -35,7 +35,7 @@ def test_dask_computes_on_the_executor(ex: FiberExecutor) -> None:
     def total(pairs: list[tuple[int, int]]) -> tuple[int, set[int]]:
         return sum(value for value, _ in pairs), {pid for _, pid in pairs}
 
-    (value, pids), = dask.compute(total([square(x) for x in range(20)]), scheduler=ex)
+    ((value, pids),) = dask.compute(total([square(x) for x in range(20)]), scheduler=ex)
     assert value == 2470
     assert 1 <= len(pids) <= 2 and os.getpid() not in pids
 

@@ -49,9 +49,7 @@ def marked(mark: str) -> dict[int, str]:
 class Program:
     """A program in a session of its own. ``out`` grows while it runs; ``wait()`` sets ``code`` and ``err``."""
 
-    def __init__(
-        self, argv: Sequence[str], cwd: Path, stdin: str | None, stderr: Path, env: dict[str, str]
-    ) -> None:
+    def __init__(self, argv: Sequence[str], cwd: Path, stdin: str | None, stderr: Path, env: dict[str, str]) -> None:
         self.mark = uuid.uuid4().hex
         self.out = ""
         self.err = ""
