@@ -16,8 +16,9 @@ from fiberexec._scheduler import events as ev
 from fiberexec.backends.base import Pool, Resources
 
 BATCH = 1000  # tasks in one Submitted event
-AHEAD = 20  # tasks a worker that the program has submitted before they are needed, at least
-COST = 20e-6  # seconds that a worker says it took for a task
+AHEAD = 100_000  # tasks that the program has submitted before they are needed, at least
+ROUNDS = 100  # tasks a worker that pass before the measurement begins
+COST = 100e-6  # seconds that a worker says it took for a task
 OUTCOME = (0, b"", ())
 
 
@@ -48,35 +49,44 @@ class Bench:
             elif type(action) is ev.Recall:
                 self.answers.append(ev.RecallDone(action.worker, action.number))  # everything was claimed
 
+    def run(self, tasks: list[Task]) -> None:
+        """Submit tasks as a program does that is always ahead of its workers."""
+        first = 0
+        while first < len(tasks):
+            if self.scheduler.queue.items < AHEAD:
+                self.tell(ev.Submitted(tasks[first : first + BATCH]))
+                first += BATCH
+            else:
+                self.answer()
+
     def answer(self) -> None:
         """Let the worker that has waited longest say what became of its batch."""
         self.tell(self.answers.popleft())
 
 
 def measure(workers: int, tasks: int) -> float:
-    """Return tasks a second: each task is submitted, assigned, answered and settled by itself."""
+    """Return tasks a second once every worker is busy: each is submitted, assigned, answered and settled by itself."""
     bench = Bench(workers)
     profile = Profile("bench")
     bench.tell(ev.Submitted([Task(0, profile)]))
     bench.answer()  # now its cost is known
-    ready = [Task(number, profile) for number in range(1, tasks + 1)]
-    bench.spent = 0.0
+    total = AHEAD + ROUNDS * workers + tasks
+    ready = [Task(number, profile) for number in range(1, total + 1)]
     collecting = gc.isenabled()
     gc.disable()  # the tasks of this benchmark are all alive at once; those of a program come and go
     try:
-        first = 0
-        while first < tasks or bench.answers:
-            if first < tasks and bench.scheduler.queue.items < AHEAD * workers:
-                bench.tell(ev.Submitted(ready[first : first + BATCH]))
-                first += BATCH
-            else:
-                bench.answer()
+        bench.run(ready[:-tasks])
+        done, bench.spent = bench.scheduler.done, 0.0
+        bench.run(ready[-tasks:])
+        rate = (bench.scheduler.done - done) / bench.spent
+        while bench.answers:
+            bench.answer()
     finally:
         if collecting:
             gc.enable()
     if bench.scheduler.open:
         raise RuntimeError(f"{bench.scheduler.open} tasks were not settled")
-    return tasks / bench.spent
+    return rate
 
 
 def main() -> None:

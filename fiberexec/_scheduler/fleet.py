@@ -62,7 +62,7 @@ class Fleet:
 
     def hungry_worker(self) -> WorkerRecord | None:
         """A busy worker that more may be sent to."""
-        for worker in self.hungry.values():
+        for worker in reversed(self.hungry.values()):  # the first would have to be looked for behind those that have left
             if worker.job not in self._closed_jobs:
                 return worker
         return None

@@ -11,7 +11,7 @@ from fiberexec._scheduler.hands import isolate, unit_of
 from fiberexec._scheduler.records import Limits, WorkerRecord
 from fiberexec._states import BUSY
 
-_RECALLS = 16  # at once, more than there are idle workers: many silent workers mean that it is us who are late
+_RECALLS = 4  # at once, more than there are idle workers: many silent workers mean that it is us who are late
 _SOON = 0.001  # seconds between two looks at a worker that is about to reach what is to be stopped
 
 
