@@ -231,7 +231,7 @@ def test_a_jump_into_nowhere_is_a_lost_worker(ex: FiberExecutor) -> None:
 def eat() -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
     hoard = []
     while True:
         hoard.append(bytearray(1 << 24))
