@@ -6,7 +6,7 @@ import concurrent.futures
 
 
 class FiberError(Exception):
-    """Base class of every exception that fiberexec itself raises."""
+    """Base class of the exceptions that fiberexec raises; ``PicklingError`` alone is the standard's and no more."""
 
 
 class ConfigError(FiberError, ValueError):

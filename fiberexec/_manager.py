@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import selectors
 import signal
 import threading
@@ -32,6 +31,7 @@ from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._states import DELAYED, DONE, QUEUED
 from fiberexec._stream import Stream
+from fiberexec._waker import Waker
 from fiberexec.backends import base
 
 _logger = logging.getLogger("fiberexec")
@@ -57,16 +57,15 @@ class Manager:
         self.connections: dict[int, Connection] = {}
         self._ask_backend = False  # it has something to say
         self._watched: set[int] = set()  # the backend's descriptors
-        self._selector: selectors.BaseSelector
+        self._selector: Any = None  # a selectors.BaseSelector while there is a thread
         self._refused = 0  # launches in a row
         self._thread: threading.Thread | None = None
-        self._wake_pipe: tuple[int, int] | None = None
-        self._waking = threading.RLock()  # guards _wake_pipe, which ends with the thread; again by the garbage collector
+        self._waker = Waker()
+        self._dropped: deque[Any] = deque()  # sinks that nobody reads any more
         self._touched: deque[Connection] = deque()  # connections with something in their outbox
         self._full: deque[Connection] = deque()  # what the kernel did not take at once; the manager's thread goes on
         self._planned = math.inf  # when the manager's thread will wake up by itself
         self._overslept = False  # that is too late for the scheduler
-        self._awake = False  # a byte is in the pipe already
         self._abandoned = False  # nobody can submit any more
         self._ids = 1
         self.ended = False
@@ -103,21 +102,22 @@ class Manager:
             self._handle(ev.Submitted(tasks))
         self._follow_up()
 
-    def start(self) -> None:
-        """Start the thread, and the workers that are to be there without a task."""
-        self.tell(ev.Tick())
-
     def cancel(self, tasks: list[Task] | None = None, sink: Any = None) -> None:
-        """Cancel tasks that have not been sent: these, those of a sink, or (neither given) all."""
+        """Cancel what has not been sent: of these tasks, of a sink's, or (neither given) of all."""
         with self.lock:
             if tasks is None:
-                tasks = [t for t in self.scheduler.queue.waiting() if sink is None or t.sink is sink]
+                tasks = [task for task in self.scheduler.queue.waiting() if sink is None or task.sink is sink]
             cancelled = [task for task in tasks if task.state in (QUEUED, DELAYED)]
             self._handle(ev.Cancelled(cancelled))
         for task in cancelled:
             task.sink.fail(task, None)
             task.sink = None
         self._follow_up()
+
+    def drop(self, sink: Any) -> None:
+        """Cancel what waits for a sink that nobody reads any more. For the garbage collector, as abandon()."""
+        self._dropped.append(sink)
+        self._waker.wake()
 
     def terminate(self, task: Task) -> bool:
         """Stop one task; False when its outcome is there."""
@@ -144,7 +144,7 @@ class Manager:
                 self._start()
                 self._handle(event)
         self._write()
-        self.wake()
+        self._waker.wake()
 
     def close(self, wait: bool) -> None:
         """Take no more tasks; end when the last one has its outcome. ``wait``: return when everything is gone."""
@@ -157,36 +157,30 @@ class Manager:
                 self.ended = True
             else:
                 self._handle(ev.Closing())
-        self.wake()
+        self._waker.wake()
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def abandon(self) -> None:
         """As close(), for the garbage collector: takes no lock, since it may run anywhere."""
         self._abandoned = True
-        self.wake()
-
-    def wake(self) -> None:
-        with self._waking:
-            if self._wake_pipe is not None and not self._awake:
-                self._awake = True
-                try:
-                    os.write(self._wake_pipe[1], b"x")
-                except BlockingIOError:
-                    pass  # it is being woken by many
+        self._waker.wake()
 
     # -- under the lock
 
     def _start(self) -> None:
         if self._thread is None:
-            pipe = os.pipe()
-            os.set_blocking(pipe[0], False)
-            os.set_blocking(pipe[1], False)
-            self._selector = selectors.DefaultSelector()
-            self._selector.register(pipe[0], selectors.EVENT_READ, None)
-            self._wake_pipe = pipe  # last: a fork in another thread finds all or nothing
-            self._thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
-            self._thread.start()
+            selector = selectors.DefaultSelector()
+            try:
+                selector.register(self._waker.open(), selectors.EVENT_READ, self._waker)
+                self._selector = selector
+                thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
+                thread.start()
+            except BaseException:  # no more descriptors or threads: the next submit() may find some
+                selector.close()
+                self._waker.close()
+                raise
+            self._thread = thread
 
     def _handle(self, event: Any) -> None:
         """Let the scheduler take an event. Sends go to outboxes, in order; the rest is deferred."""
@@ -212,7 +206,7 @@ class Manager:
         """Write what _handle() has put into outboxes, and let the manager's thread do the rest."""
         self._write()
         if self._deferred or self._full or self._overslept:
-            self.wake()
+            self._waker.wake()
 
     def _write(self) -> None:
         while self._touched:
@@ -245,13 +239,7 @@ class Manager:
             connection.stream.close()
         self.connections.clear()
         self._selector.close()
-        self._close_pipe()
-
-    def _close_pipe(self) -> None:
-        with self._waking:
-            for fd in self._wake_pipe or ():
-                os.close(fd)
-            self._wake_pipe = None
+        self._waker.close()
 
     def _turn(self) -> None:
         """Wait, read everything that is there, let the scheduler decide, act."""
@@ -263,12 +251,8 @@ class Manager:
                     self._watch(connection, not connection.write())
                 if mask & selectors.EVENT_READ:
                     self._read(connection, events)
-            elif connection is None and self._wake_pipe is not None and key.fd == self._wake_pipe[0]:
-                self._awake = False
-                try:
-                    os.read(key.fd, 4096)
-                except BlockingIOError:
-                    pass
+            elif connection is self._waker:
+                self._waker.clear()
             else:
                 self._ask_backend = True
         due = self.backend.wakeup()
@@ -277,6 +261,8 @@ class Manager:
             self._poll_backend(events)
         if self._abandoned and not self.scheduler.closing:
             events.append(ev.Closing())
+        while self._dropped:
+            self.cancel(sink=self._dropped.popleft())
         with self.lock:
             for event in events or (ev.Tick(),):
                 self._handle(event)
@@ -436,8 +422,7 @@ class Manager:
         self.backend.forked()
         for connection in self.connections.values():
             connection.stream.close()
-        self._waking = threading.RLock()
-        if self._wake_pipe is not None:
+        if self._selector is not None:
             self._selector.close()
-        self._close_pipe()
+        self._waker.forked()
         _lifetime.abandon_sinks(self, _outcomes.forked(parent), forked=True)

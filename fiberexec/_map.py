@@ -58,7 +58,7 @@ class _Mapping:
         return True
 
     def cancel(self) -> None:
-        self._manager.cancel(sink=self.results)
+        self._manager.drop(self.results)
 
     def _task(self, first: int, count: int, kind: int, data: bytes, buffers: list[Any]) -> Task:
         return Task(first, self._profile, Payload(self._ref, kind, data, buffers), self.results, 0, count)

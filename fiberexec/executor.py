@@ -206,7 +206,7 @@ class FiberExecutor(_Submitter):
         self._manager = manager = Manager(backend, limits, setup, delay)
         self._gone = weakref.ref(self, lambda _: manager.abandon())
         if settings.min_workers:
-            manager.start()
+            manager.tell(ev.Tick())  # starts them
 
     def options(
         self,
