@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from . import weight
 from .peers import BASE, PEERS, is_installed
 from .report import Report, show
 from .rows import ROWS, chosen
@@ -15,34 +17,25 @@ from .runner import Cell, Quiet, run_rounds
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="fiberexec beside its peers, in one run"
-    )
-    parser.add_argument(
-        "--row", action="append", default=[], metavar="NAME", help="only this row (repeatable)"
-    )
-    parser.add_argument(
-        "--peer", action="append", default=[], choices=list(PEERS), help="only this peer (repeatable)"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="fiberexec beside its peers, in one run")
+    parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row (repeatable)")
+    parser.add_argument("--peer", action="append", default=[], choices=list(PEERS), help="only this peer (repeatable)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="interleaved rounds (default 3)")
-    parser.add_argument(
-        "--quick", action="store_true", help="one round with small counts: a smoke run, no measurement"
-    )
-    parser.add_argument(
-        "--gate", action="store_true", help="before each cell, wait up to a minute for a quiet machine"
-    )
-    parser.add_argument(
-        "--limit", type=float, default=180.0, metavar="S", help="kill a cell after S seconds (default 180)"
-    )
-    parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="write every cell to this JSON file; add to it if there"
-    )
+    parser.add_argument("--quick", action="store_true", help="one round with small counts: a smoke run, no measurement")
+    parser.add_argument("--gate", action="store_true", help="before each cell, wait up to a minute for a quiet machine")
+    parser.add_argument("--prio", action="store_true", help="as root on Linux: a high weight on a machine in use")
+    parser.add_argument("--limit", type=float, default=180.0, metavar="S", help="kill a cell after S seconds (default 180)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write every cell to this JSON file; add to it if there")
     parser.add_argument("--list", action="store_true", help="name the rows and peers, measure nothing")
     options = parser.parse_args()
     try:
         options.rows = chosen(options.row)
     except ValueError as error:
         parser.error(str(error))
+    if options.prio:
+        if not hasattr(os, "geteuid") or os.geteuid() != 0:
+            parser.error("--prio needs root")
+        os.environ[weight.VARIABLE] = "1"
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
@@ -62,9 +55,7 @@ def main() -> None:
     options = parse()
     if options.list:
         print("rows: ", ", ".join(row.key for row in ROWS))
-        print(
-            "peers:", ", ".join(f"{name}{'' if is_installed(name) else ' (not installed)'}" for name in PEERS)
-        )
+        print("peers:", ", ".join(f"{name}{'' if is_installed(name) else ' (not installed)'}" for name in PEERS))
         return
     peers = pick_peers(options.peer, {row.against for row in options.rows if row.against})
     rounds = 1 if options.quick else options.rounds

@@ -58,8 +58,7 @@ class Flatness:
         """
         return {
             f"{name}_memory": max(self.memory[self.tenth :]) / max(self.memory[: self.tenth]),
-            f"{name}_time": statistics.median(self.times[-self.tenth :])
-            / statistics.median(self.times[1 : self.tenth + 1]),
+            f"{name}_time": statistics.median(self.times[-self.tenth :]) / statistics.median(self.times[1 : self.tenth + 1]),
             f"{name}_rate": count / sum(self.times),
             f"{name}_mib": max(self.memory),
         }

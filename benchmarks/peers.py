@@ -140,9 +140,7 @@ class DaskExecutor(Peer):
         from importlib import import_module
 
         distributed = import_module("distributed")
-        self.cluster = distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address=None
-        )
+        self.cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
         self.client = distributed.Client(self.cluster)
         self.pool = self.client.get_executor(pure=False)
 
@@ -168,8 +166,7 @@ class Threads(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer
-    for peer in (StdlibFork, StdlibSpawn, MpPool, Loky, Pebble, Fiberexec, DaskExecutor, Threads)
+    peer.name: peer for peer in (StdlibFork, StdlibSpawn, MpPool, Loky, Pebble, Fiberexec, DaskExecutor, Threads)
 }
 
 

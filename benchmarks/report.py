@@ -21,11 +21,7 @@ class Report:
 
     def numbers(self, row: Row, peer: str) -> dict[int, float]:
         """What this peer measured in this row, by round."""
-        return {
-            cell.round: cell.numbers[row.key]
-            for cell in self.cells
-            if cell.peer == peer and row.key in cell.numbers
-        }
+        return {cell.round: cell.numbers[row.key] for cell in self.cells if cell.peer == peer and row.key in cell.numbers}
 
     def ratio(self, row: Row, peer: str) -> float | None:
         """The median over the rounds of this peer's number over that of the peer it is held against."""
@@ -38,11 +34,7 @@ class Report:
 
     def best_other(self, row: Row) -> str:
         """The best of the other peers in this row, with its ratio."""
-        found = [
-            (ratio, peer)
-            for peer in self.peers
-            if peer != OURS and (ratio := self.ratio(row, peer)) is not None
-        ]
+        found = [(ratio, peer) for peer in self.peers if peer != OURS and (ratio := self.ratio(row, peer)) is not None]
         if not found:
             return "-"
         ratio, peer = max(found) if row.higher else min(found)
@@ -57,9 +49,7 @@ class Report:
                 shown, verdict = "-", "not measured"
             else:
                 shown, verdict = show_ratio(row, ratio), "met" if row.is_met(ratio) else "**missed**"
-            lines.append(
-                f"| {row.key} | {row.title} | {row.goal()} | {shown} | {self.best_other(row)} | {verdict} |"
-            )
+            lines.append(f"| {row.key} | {row.title} | {row.goal()} | {shown} | {self.best_other(row)} | {verdict} |")
         return "\n".join(lines)
 
     def absolute(self) -> str:
@@ -79,11 +69,7 @@ class Report:
 
     def failures(self) -> list[str]:
         """One line for each cell that gave no number, and why."""
-        return [
-            f"{cell.workload} of {cell.peer}, round {cell.round}: {cell.error}"
-            for cell in self.cells
-            if cell.error
-        ]
+        return [f"{cell.workload} of {cell.peer}, round {cell.round}: {cell.error}" for cell in self.cells if cell.error]
 
     def markdown(self) -> str:
         """The whole report."""
@@ -94,11 +80,7 @@ class Report:
 
     def missed(self) -> list[str]:
         """The names of the rows that were measured and miss their target."""
-        return [
-            row.key
-            for row in self.rows
-            if (ratio := self.ratio(row, OURS)) is not None and not row.is_met(ratio)
-        ]
+        return [row.key for row in self.rows if (ratio := self.ratio(row, OURS)) is not None and not row.is_met(ratio)]
 
 
 def show(value: float, digits: int = 2) -> str:

@@ -121,10 +121,7 @@ class Quiet:
 
     def probe(self) -> float:
         start = time.perf_counter()
-        children = [
-            subprocess.Popen([sys.executable, "-ISc", "sum(range(2_000_000))"])
-            for _ in range(os.cpu_count() or 1)
-        ]
+        children = [subprocess.Popen([sys.executable, "-ISc", "sum(range(2_000_000))"]) for _ in range(os.cpu_count() or 1)]
         for child in children:
             child.wait()
         return time.perf_counter() - start
