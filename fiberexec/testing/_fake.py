@@ -84,10 +84,12 @@ class FakeBackend:
         pid = self.pids[worker]
         with self._lock:
             self._fates[worker] = exit, lose_cell
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for kill in (os.killpg, os.kill):  # a process that has just been forked does not lead its group yet
+            try:
+                kill(pid, signal.SIGKILL)
+                return
+            except ProcessLookupError:
+                pass
 
     def kill_job(self, job: str, exit: Exit | None = None) -> None:
         """Kill all workers of a job, and their cells with them."""
