@@ -133,7 +133,7 @@ class ForkServer:
             read, write = os.pipe()
         except OSError as error:
             os.close(fd)
-            self._report(messages.REFUSED, (worker, error.errno, str(error)))
+            self._report(messages.REFUSED, (worker, error.errno, error.strerror))
             return
         gc.freeze()
         try:
@@ -141,7 +141,7 @@ class ForkServer:
         except OSError as error:
             for each in (fd, read, write):
                 os.close(each)
-            self._report(messages.REFUSED, (worker, error.errno, str(error)))
+            self._report(messages.REFUSED, (worker, error.errno, error.strerror))
             return
         if pid == 0:
             self._become_worker(slot, fd, read, write)

@@ -185,6 +185,7 @@ class FiberExecutor(_Submitter):
         _retry.check("launch_retry", launch_retry)
         settings = _config.load(idle_timeout=idle_timeout, **named)
         if not isinstance(backend, Backend):
+            _check_backend(backend)
             backend = registry.create(settings.backend, settings, settings.max_workers)
         options = TaskOptions(timeout=settings.timeout, max_worker_losses=settings.max_worker_losses)
         if retry is not None:
@@ -341,7 +342,16 @@ class _LaunchDelay:
             return _retry.judge(self._state, None, error)[0]
         if now - self._since > self._patience:
             return None
-        return float(min(_LAST_DELAY, _FIRST_DELAY * 2 ** (failures - 1)))
+        rest = self._patience - (now - self._since)
+        return float(min(_LAST_DELAY, _FIRST_DELAY * 2 ** (failures - 1), max(rest, 0.01)))
+
+
+def _check_backend(backend: Any) -> None:
+    if backend is None or isinstance(backend, str):
+        return
+    members = [name for name in (*Backend.__annotations__, *vars(Backend)) if not name.startswith("_")]
+    lacking = [name for name in members if not hasattr(backend, name)]
+    raise TypeError(f"backend must be a backend's name or a Backend object; {backend!r} lacks {', '.join(lacking)}")
 
 
 def _check_standard(
