@@ -176,6 +176,7 @@ class FiberExecutor(_Submitter):
         backend_options: Mapping[str, Any] | None = None,
     ) -> None:
         _check_standard(max_workers, mp_context, initializer, initargs, max_tasks_per_child)
+        _check_backend(backend)
         named = {
             "max_workers": max_workers, "min_workers": min_workers, "image": image, "cpu": cpu, "memory": memory, "gpu": gpu,
             "workers_per_job": workers_per_job, "timeout": timeout, "max_worker_losses": max_worker_losses,
@@ -185,7 +186,6 @@ class FiberExecutor(_Submitter):
         _retry.check("launch_retry", launch_retry)
         settings = _config.load(idle_timeout=idle_timeout, **named)
         if not isinstance(backend, Backend):
-            _check_backend(backend)
             backend = registry.create(settings.backend, settings, settings.max_workers)
         options = TaskOptions(timeout=settings.timeout, max_worker_losses=settings.max_worker_losses)
         if retry is not None:
@@ -347,11 +347,11 @@ class _LaunchDelay:
 
 
 def _check_backend(backend: Any) -> None:
-    if backend is None or isinstance(backend, str):
+    if backend is None or isinstance(backend, (str, Backend)):
         return
     members = [name for name in (*Backend.__annotations__, *vars(Backend)) if not name.startswith("_")]
     lacking = [name for name in members if not hasattr(backend, name)]
-    raise TypeError(f"backend must be a backend's name or a Backend object; {backend!r} lacks {', '.join(lacking)}")
+    raise ConfigError(f"backend must be a str, a backend's name, or a Backend object; {backend!r} lacks {', '.join(lacking)}")
 
 
 def _check_standard(
