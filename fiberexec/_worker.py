@@ -386,7 +386,7 @@ class Worker:
         part, cell = self._slice, self._cell
         if part is not None:
             self._reply_values(part, monotonic())
-            if cell[RECALLED] > part.number:
+            if part.number < cell[RECALLED] and part.number < part.first + len(part.columns[0]):
                 cell[CLAIMED] = part.number  # it runs, or is about to
                 for column in part.columns:  # the loop ends there
                     del column[part.number - part.first + 1 :]
