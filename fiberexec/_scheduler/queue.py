@@ -9,6 +9,8 @@ from fiberexec._scheduler.records import Task
 from fiberexec._states import QUEUED
 from fiberexec.backends.base import Resources
 
+_LOOK = 64  # that many tasks are kept in order when they are put back; where there are more, the next goes first
+
 
 class Lane:
     """One line, first come first served. ``alone``: its tasks get a worker, and its job, for themselves."""
@@ -72,7 +74,15 @@ class Queue:
         self.items += task.stop - task.start
 
     def push_front(self, task: Task) -> None:
-        self._lane_of(task).tasks.appendleft(task)
+        """Put a task back where it came from: first, but behind older ones that were put back before it."""
+        tasks = self._lane_of(task).tasks
+        age = task.id + task.start
+        place = 0
+        for other in tasks:
+            if other.id + other.start > age or place == _LOOK:
+                break
+            place += 1
+        tasks.insert(place % _LOOK, task)
         self.items += task.stop - task.start
 
     def delay(self, task: Task, due: float) -> None:
