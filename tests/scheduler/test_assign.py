@@ -227,6 +227,44 @@ def test_a_worker_gets_no_more_tasks_than_max_tasks_per_child(simulate: Make) ->
     assert sim.scheduler.done == 100
 
 
+def test_what_was_taken_back_does_not_count_against_max_tasks_per_child(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: Attempt(0.05 if item == 30 else 0.00002), max_tasks_per_child=50)
+    sim.submit(sim.profile(), 100)
+    sim.run()
+    assert sim.scheduler.freed > 0 and sim.launched == 2
+
+
+def test_nothing_runs_twice_when_a_slow_task_ends_while_its_neighbours_are_being_recalled(simulate: Make) -> None:
+    def work(item: int, attempt: int) -> Attempt:
+        return Attempt(0.005 + 0.0001 * (item // 50) if item % 50 == 0 else 0.00002)
+
+    sim = simulate(2, work=work)
+    recalls = 0
+    recall = sim._recall
+
+    def count(worker: int, number: int) -> None:
+        nonlocal recalls
+        recalls += 1
+        recall(worker, number)
+
+    sim._recall = count  # type: ignore[method-assign]
+    sim.submit(sim.profile(), 1, tasks=4000)
+    sim.run()
+    assert recalls > 10
+    assert max(sim.attempts.values()) == 1
+
+
+def test_what_took_no_time_says_nothing_about_the_cost(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: Attempt(0.002 if item < 10 else 0.0))
+    profile = sim.profile()
+    sim.submit(profile, 9)
+    sim.run()
+    known = profile.cost
+    sim.submit(profile, 1)
+    sim.run()
+    assert profile.cost == known
+
+
 def test_lanes_that_are_empty_are_forgotten(simulate: Make) -> None:
     sim = simulate(2, work=lambda item, attempt: Attempt(0.0001), capacity=Resources(1.0, 10**6))
     for size in range(300):

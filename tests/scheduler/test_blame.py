@@ -91,7 +91,7 @@ def test_a_job_that_dies_whole_charges_no_innocent_item(simulate: Make) -> None:
 
 
 def test_a_suspect_finds_an_empty_job_however_much_there_is_to_do(simulate: Make) -> None:
-    sim = simulate(8, work=lambda item, attempt: Attempt(0.01), workers_per_job=4)
+    sim = simulate(8, work=lambda item, attempt: Attempt(0.01 + 0.003 * (item % 5)), workers_per_job=4)
     profile = sim.profile()
     sim.submit(profile, 8)
     sim.run(until=0.055)
@@ -107,6 +107,20 @@ def test_a_suspect_finds_an_empty_job_however_much_there_is_to_do(simulate: Make
     more()
     sim.run(until=1.0)
     assert suspects <= set(sim.outcomes)
+
+
+def test_a_job_that_was_kept_for_a_suspect_is_used_again_when_there_is_none(simulate: Make) -> None:
+    sim = simulate(8, work=lambda item, attempt: Attempt(1.0), workers_per_job=4, launch=lambda n: 0.05 if n <= 8 else 60.0)
+    profile = sim.profile()
+    sim.submit(profile, 8)
+    sim.run(until=0.1)
+    sim.kill_job("0")
+    assert sim.scheduler.fleet._closed_jobs == {"1"}, "the only job that is left is getting empty for the suspects"
+    sim.cancel()
+    sim.submit(profile, 8)
+    sim.run(until=2.1)
+    assert not sim.scheduler.fleet._closed_jobs
+    assert sum(worker.running > 0 for worker in sim.workers.values()) == 4
 
 
 def test_losses_by_the_infrastructure_are_counted_apart(simulate: Make) -> None:

@@ -121,12 +121,11 @@ def test_a_worker_that_is_never_ready_breaks_the_executor_at_the_startup_timeout
 
 
 def test_a_late_worker_beside_others_is_given_up_with_a_warning(simulate: Make) -> None:
-    sim = simulate(
-        2, launch=lambda n: 0.05 if n == 1 else math.inf, startup_timeout=5.0, work=lambda i, a: Attempt(2.0)
-    )
+    sim = simulate(2, launch=lambda n: 0.05 if n == 1 else math.inf, startup_timeout=5.0, work=lambda i, a: Attempt(2.0))
     sim.submit(sim.profile(), 6)
     sim.run()
     assert set(sim.outcomes.values()) == {"value"} and "startup_timeout" in sim.warnings[0]
+    assert all(w.state is IDLE for w in sim.scheduler.fleet.workers.values()), "the late one is still there"
 
 
 def die_young(sim: Simulation, launches: Callable[[int], bool]) -> None:
@@ -159,6 +158,14 @@ def test_an_accident_that_hits_all_young_workers_is_one_try(simulate: Make) -> N
     sim.submit(sim.profile(), 100)
     sim.run()
     assert set(sim.outcomes.values()) == {"value"}
+
+
+def test_a_worker_that_gets_ready_ends_the_row_of_failures(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: Attempt(0.01, "crash" if attempt == 1 else "value"))
+    die_young(sim, lambda worker: worker % 3 != 0)
+    sim.submit(sim.profile(), 1)
+    sim.run()
+    assert sim.outcomes == {1: "value"} and sim.launched == 6
 
 
 def test_an_initializer_that_fails_breaks_the_executor_with_its_cause(simulate: Make) -> None:

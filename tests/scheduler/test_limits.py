@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from fiberexec._scheduler import events as ev
 from fiberexec.testing import Attempt, Simulation
 
 Make = Callable[..., Simulation]
@@ -41,6 +42,14 @@ def test_a_time_limit_is_for_the_item_alone(simulate: Make) -> None:
     assert {i for i, o in sim.outcomes.items() if o == "timeout"} == {100, 200, 300}
     assert {o for i, o in sim.outcomes.items() if i % 100} == {"value"}
     assert sim.scheduler.lost == 0, "a worker that was stopped is charged to nobody"
+
+
+def test_a_limit_that_is_shorter_than_a_stall_is_for_the_item_alone(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: HANG if item == 100 else TINY)
+    sim.submit(sim.profile(timeout=0.002, max_losses=1), 300)
+    sim.run()
+    assert [item for item, outcome in sim.outcomes.items() if outcome != "value"] == [100]
+    assert sim.outcomes[100] == "timeout"
 
 
 def test_a_limit_counts_from_the_items_own_start(simulate: Make) -> None:
@@ -115,6 +124,20 @@ def test_terminate_takes_back_what_is_next_in_line_without_harm_to_what_runs(sim
     assert max(sim.attempts.values()) == 1 and sim.scheduler.lost == 0
 
 
+def test_terminating_a_whole_batch_recalls_it_once(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: HANG if item == 30 else TINY)
+    tasks = sim.submit(sim.profile(), 1, tasks=60)
+    sim.run(until=0.0515)
+    recalls: list[int] = []
+    recall = sim._recall
+    sim._recall = lambda worker, number: (recalls.append(number), recall(worker, number))  # type: ignore[method-assign]
+    for task in tasks[29:]:
+        sim.terminate(task)
+    sim.run()
+    assert len(recalls) == 1
+    assert {item for item, outcome in sim.outcomes.items() if outcome == "cancelled"} == set(range(30, 61))
+
+
 def test_terminate_of_what_runs_in_a_batch_stops_that_and_nothing_else(simulate: Make) -> None:
     sim = simulate(1, work=lambda item, attempt: HANG if item == 30 else TINY)
     tasks = sim.submit(sim.profile(), 1, tasks=60)
@@ -169,6 +192,17 @@ def test_thousands_wait_for_their_next_attempt_at_once(simulate: Make) -> None:
     sim.run()
     assert sim.now == pytest.approx(60.3, abs=0.5)
     assert set(sim.outcomes.values()) == {"value"} and sim.scheduler.retried == 5000
+
+
+def test_what_breaks_while_a_policy_is_being_asked_settles_that_task_too(simulate: Make) -> None:
+    def ask(attempt: int, outcome: object) -> float:
+        sim.tell(ev.Broken(RuntimeError("meanwhile")))
+        return 1.0
+
+    sim = simulate(1, work=lambda item, attempt: Attempt(0.001, "error"))
+    sim.submit(sim.profile(retry=ask), 1)
+    sim.run()
+    assert sim.outcomes == {1: "broken"}
 
 
 def test_a_delay_is_kept(simulate: Make) -> None:

@@ -145,9 +145,7 @@ class Machine(RuleBasedStateMachine):
             return retry if attempt < 3 and outcome != "value" else None
 
         policy = None if retry is None else again
-        profile = self.sim.profile(
-            demand=demand, priority=priority, timeout=timeout, retry=policy, max_losses=max_losses
-        )
+        profile = self.sim.profile(demand=demand, priority=priority, timeout=timeout, retry=policy, max_losses=max_losses)
         if retry is not None:
             items = 1
         first = self.sim._next_id
