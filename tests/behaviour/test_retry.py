@@ -279,7 +279,7 @@ def test_after_a_time_limit_the_last_exception_says_so(executor: FiberExecutor, 
             board.wait("never")
         return type(last).__name__
 
-    assert executor.options(retry=Retrying(), timeout=0.8).submit(work).result(LIMIT) == "TaskTimeout"
+    assert executor.options(retry=Retrying(), timeout=2).submit(work).result(LIMIT) == "TaskTimeout"
 
 
 def test_after_a_lost_worker_the_attempt_is_counted(executor: FiberExecutor) -> None:
