@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -237,6 +238,7 @@ class Machine(RuleBasedStateMachine):
         assert len(self.sim.outcomes) == self.sim.submitted
 
 
+@pytest.mark.timeout(7200 if FULL else 120)
 def test_nothing_is_lost_or_settled_twice_whatever_happens(check: Callable[[Simulation], None]) -> None:
     run_state_machine_as_test(
         lambda: Machine(check),
@@ -245,6 +247,8 @@ def test_nothing_is_lost_or_settled_twice_whatever_happens(check: Callable[[Simu
             stateful_step_count=STEPS,
             deadline=None,
             derandomize=not FULL,
+            database=None,
+            print_blob=True,
             suppress_health_check=list(HealthCheck),
         ),
     )
