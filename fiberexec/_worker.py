@@ -63,6 +63,7 @@ class Worker:
         self._stream = Stream(sock)
         self._cell = cell
         self._functions: dict[int, Any] = {}  # by id: the function, or (data, buffers) until its first task
+        self._paces: dict[int, int] = {}  # by function: items in the next slice
         self._outbox: list[tuple[Record, Sequence[Buffer]]] = []
         self._logs: list[tuple[Any, ...]] = []
         self._bytes = 0
@@ -183,6 +184,7 @@ class Worker:
         self._cell[RUNNING] = 0
         for function_id in forget:
             self._functions.pop(function_id, None)
+            self._paces.pop(function_id, None)
         self._flush()
 
     def _run_unit(self, unit: tuple[Any, ...], data: bytes, buffers: Any) -> None:
@@ -260,13 +262,13 @@ class Worker:
         A slice is limited by the time measured so far, so that results and recalls are never far from the clock.
         """
         cell = self._cell
-        size = 1
+        pace = self._paces.get(function_id, 1)
         while start < stop:
-            size = min(size, stop - start)
+            size = min(pace, stop - start)
             if not self._claim(number, size, stop - start):
                 return
             self._slice = part = _Slice(number, [column[start : start + size] for column in columns])
-            append = part.results.append
+            append, began = part.results.append, part.began
             error: BaseException | None = None
             cell[RUNNING] = number
             try:
@@ -301,7 +303,8 @@ class Worker:
             start += done
             if now - self._flushed > FLUSH:
                 self._flush()
-            size = max(1, min(SLICE, 2 * size, int(SLICE_SECONDS * size / max(now - part.began, 1e-7))))
+            pace = max(1, min(SLICE, 2 * pace, int(SLICE_SECONDS * size / max(now - began, 1e-7))))
+        self._paces[function_id] = pace
 
     def _reply_values(self, part: _Slice, now: float) -> None:
         """Reply what a slice has got so far."""

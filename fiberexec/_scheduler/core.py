@@ -61,7 +61,7 @@ class Scheduler:
         self._handlers[type(event)](event)
         agenda.run_due()
         if self.broken is None:
-            self._progress(top_up=type(event) is not ev.Submitted)
+            self._progress(top_up=type(event) is not ev.Submitted or event.tasks[0].stop - event.tasks[0].start > 1)
         return actions
 
     def wakeup(self) -> float | None:
