@@ -139,8 +139,8 @@ class MapResults:
             if first == self._wanted:
                 self._arrived.notify()
 
-    def take(self, deadline: float | None) -> tuple[int, list[Any]]:
-        """Wait for the next item: how many are there from it on, and their values, last first. Raises its exception."""
+    def take(self, deadline: float | None) -> list[Any]:
+        """Wait for the next item: the values that are there from it on, last first. Raises the item's exception."""
         first, end = self._groups.popleft()
         with self._arrived:
             self._wanted = first
@@ -160,7 +160,7 @@ class MapResults:
             finally:
                 del what  # no cycle between the exception's traceback and this frame
         if isinstance(what, _Value):
-            return 1, [what.value]
+            return [what.value]
         value, error = load_outcome(what)
         if error is not None:
             try:
@@ -168,9 +168,10 @@ class MapResults:
             finally:
                 del error
         if what[0] != messages.VALUES:
-            return 1, [value]
+            return [value]
         value.reverse()
-        return count, value
+        values: list[Any] = value
+        return values
 
 
 class _Value:

@@ -151,17 +151,16 @@ def submit_map(
 
 def _results(mapping: _Mapping, deadline: float | None, group: int, buffersize: int | None) -> Iterator[Any]:
     results = mapping.results
-    position = 0
+    handed = 0  # over to the consumer
+    ahead = 0 if buffersize is None else buffersize - group
     more = buffersize is not None
     try:
-        while position < mapping.taken:
-            count, values = results.take(deadline)
-            position += count
-            if more:
-                assert buffersize is not None
-                while more and mapping.taken - position + group <= buffersize:
-                    more = mapping.submit(group)
+        while handed < mapping.taken:
+            values = results.take(deadline)
             while values:  # taken out one by one: nothing is kept here that the consumer has let go
+                handed += 1
+                if more and mapping.taken - handed <= ahead:
+                    more = mapping.submit(group)
                 yield values.pop()
     finally:
         mapping.cancel()
