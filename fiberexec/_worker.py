@@ -388,11 +388,13 @@ class Worker:
         """
         part, cell = self._slice, self._cell
         if part is not None:
-            self._reply_values(part, monotonic())
-            if part.number < cell[RECALLED] and part.number < part.first + len(part.columns[0]):
-                cell[CLAIMED] = part.number  # it runs, or is about to
+            if is_plain(part.results):  # pickling others runs the user's code: not in the middle of the user's code
+                self._reply_values(part, monotonic())
+            running = part.number + len(part.results)  # or about to run
+            if running < cell[RECALLED] and running < part.first + len(part.columns[0]):
+                cell[CLAIMED] = running
                 for column in part.columns:  # the loop ends there
-                    del column[part.number - part.first + 1 :]
+                    del column[running - part.first + 1 :]
         self._flush()
 
     # -- logging

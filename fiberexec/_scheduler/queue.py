@@ -9,7 +9,7 @@ from fiberexec._scheduler.records import Task
 from fiberexec._states import QUEUED
 from fiberexec.backends.base import Resources
 
-_LOOK = 64  # that many tasks are kept in order when they are put back; where there are more, the next goes first
+_LOOK = 64  # that many tasks that were put back are kept in order
 
 
 class Lane:
@@ -80,9 +80,9 @@ class Queue:
         place = 0
         for other in tasks:
             if other.id + other.start > age or place == _LOOK:
-                break
+                break  # found, or too many to look at: about right will do
             place += 1
-        tasks.insert(place % _LOOK, task)
+        tasks.insert(place, task)
         self.items += task.stop - task.start
 
     def delay(self, task: Task, due: float) -> None:
