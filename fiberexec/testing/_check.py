@@ -80,7 +80,7 @@ class Recorder:
     # -- for the checks
 
     def wait(self, kind: type, count: int) -> list[Any]:
-        """Poll as the manager does until ``count`` events of a kind have been said."""
+        """Poll as the manager does until ``count`` events of a kind have been said, and no more."""
         deadline = time.monotonic() + PATIENCE
         while len(found := [event for event in self.said if isinstance(event, kind)]) < count:
             now = time.monotonic()
@@ -88,6 +88,7 @@ class Recorder:
             due = self.wakeup()
             select.select(self.fds(), [], [], max(0.0, min(deadline if due is None else due, now + 1.0) - now))
             self.poll()
+        assert len(found) == count, f"{count} {kind.__name__} expected, got {found}"
         return found
 
     def verify(self) -> None:
