@@ -130,7 +130,15 @@ class LocalBackend:
         return events
 
     def close(self) -> None:
-        server = self._server
+        server, control = self._server, self._control
+        if server and control is not None:
+            try:  # say goodbye, and listen until it has gone
+                control.settimeout(_CLOSE_TIMEOUT)
+                control.shutdown(socket.SHUT_WR)
+                while control.recv(1 << 16):
+                    pass
+            except OSError:
+                pass
         self._forget_server()
         if server:
             self._reap(server)
@@ -249,7 +257,7 @@ class LocalBackend:
 
     def _reap(self, pid: int) -> None:
         deadline = monotonic() + _CLOSE_TIMEOUT
-        pause = 0.0005
+        pause = 0.0001
         while True:
             try:
                 if os.waitpid(pid, os.WNOHANG)[0]:
