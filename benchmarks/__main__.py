@@ -15,6 +15,8 @@ from .report import Report, show
 from .rows import ROWS, chosen
 from .runner import Cell, Quiet, run_rounds
 
+MARKER = "<!-- results: written by python -m benchmarks --page -->"
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="fiberexec beside its peers, in one run")
@@ -26,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prio", action="store_true", help="as root on Linux: a high weight on a machine in use")
     parser.add_argument("--limit", type=float, default=180.0, metavar="S", help="kill a cell after S seconds (default 180)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write every cell to this JSON file; add to it if there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables into this page, below its marker")
     parser.add_argument("--list", action="store_true", help="name the rows and peers, measure nothing")
     options = parser.parse_args()
     try:
@@ -36,8 +39,10 @@ def parse() -> argparse.Namespace:
         if not hasattr(os, "geteuid") or os.geteuid() != 0:
             parser.error("--prio needs root")
         os.environ[weight.VARIABLE] = "1"
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if options.page and MARKER not in options.page.read_text():
+        parser.error(f"{options.page} has no line {MARKER}")
+    if options.rounds < (0 if options.save else 1):
+        parser.error("--rounds must be at least 1, or 0 to show what --save has")
     return options
 
 
@@ -74,7 +79,11 @@ def main() -> None:
         )
         if options.save:
             options.save.write_text(json.dumps([asdict(cell) for cell in cells]))
-    print(Report(options.rows, peers, cells).markdown())
+    report = Report(options.rows, peers, cells).markdown()
+    print(report)
+    if options.page:
+        above, _, _ = options.page.read_text().partition(MARKER)
+        options.page.write_text(f"{above}{MARKER}\n\n{report}\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from fiberexec.backends.base import Pool, Resources
 
 BATCH = 1000  # tasks in one Submitted event
 AHEAD = 100_000  # tasks that the program has submitted before they are needed, at least
+WINDOWS = 10  # parts of a measurement; the best of them counts, the least disturbed by what else runs
 ROUNDS = 100  # tasks a worker that pass before the measurement begins
 COST = 100e-6  # seconds that a worker says it took for a task
 OUTCOME = (0, b"", ())
@@ -76,9 +77,11 @@ def measure(workers: int, tasks: int) -> float:
     gc.disable()  # the tasks of this benchmark are all alive at once; those of a program come and go
     try:
         bench.run(ready[:-tasks])
-        done, bench.spent = bench.scheduler.done, 0.0
-        bench.run(ready[-tasks:])
-        rate = (bench.scheduler.done - done) / bench.spent
+        rate = 0.0
+        for start in range(total - tasks, total, max(1, tasks // WINDOWS)):
+            done, bench.spent = bench.scheduler.done, 0.0
+            bench.run(ready[start : start + max(1, tasks // WINDOWS)])
+            rate = max(rate, (bench.scheduler.done - done) / bench.spent)
         while bench.answers:
             bench.answer()
     finally:

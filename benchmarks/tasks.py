@@ -21,9 +21,11 @@ def echo(value: Any) -> Any:
     return value
 
 
-def nap(seconds: float) -> None:
-    """Sleep."""
+def nap(seconds: float) -> float:
+    """Sleep, and return the seconds that it really took."""
+    start = time.perf_counter()
     time.sleep(seconds)
+    return time.perf_counter() - start
 
 
 def whoami(pause: float) -> int:

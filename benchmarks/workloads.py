@@ -98,10 +98,11 @@ def ideal_makespan(durations: Sequence[float], workers: int) -> float:
 
 
 def times_ideal(peer: Peer, durations: list[float], workers: int) -> float:
+    """Time over what a perfect executor needs for the same naps, each as long as it really was."""
     peer.map(tasks.nap, [0.001] * workers)
     start = time.perf_counter()
-    peer.map(tasks.nap, durations)
-    return (time.perf_counter() - start) / ideal_makespan(durations, workers)
+    taken = peer.map(tasks.nap, durations)
+    return (time.perf_counter() - start) / ideal_makespan(taken, workers)
 
 
 def uneven(peer: Peer, quick: bool) -> float:
