@@ -97,11 +97,7 @@ class Worker:
         except (EOFError, OSError):
             os.killpg(0, signal.SIGKILL)  # the driver has gone
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except (OSError, ValueError, AttributeError):
-                    pass
+            _flush_output()
             os._exit(code)
 
     def _serve(self) -> None:
@@ -342,8 +338,7 @@ class Worker:
         elif error is not None:
             sys.excepthook(type(error), error, error.__traceback__)
             code = 1
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        _flush_output()
         os._exit(code)
 
     def _forked(self) -> None:
@@ -373,6 +368,7 @@ class Worker:
                     self._stream.send(messages.LOG, messages.encode(self._logs.pop(0)))
                 batch = self._outbox[:]
                 if batch:
+                    _flush_output()  # what a task printed is there when it is done
                     del self._outbox[: len(batch)]
                     self._bytes = 0
                     buffers = [buffer for _, owned in batch for buffer in owned]
@@ -412,6 +408,14 @@ class Worker:
 
 
 current: Worker | None = None  # this process' worker, None in every other process
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # it is closed, or replaced by something else, or in the middle of a print
+            pass
 
 
 def task_id() -> int:

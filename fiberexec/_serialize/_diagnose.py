@@ -115,7 +115,7 @@ def _trail(root: Any) -> list[Any]:
     tracer = _Tracer()
     try:
         tracer.dump(root)
-    except (Exception, SystemExit):
+    except (Exception, SystemExit, GeneratorExit):
         pass
     return tracer.failed
 

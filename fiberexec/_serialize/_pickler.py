@@ -78,7 +78,7 @@ def dump(root: Any, what: str = "object", in_band: bool = False) -> tuple[bytes,
     file = io.BytesIO()
     try:
         Pickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
-    except (Exception, SystemExit) as error:  # others are no answer of the object's: an interrupt, a stop
+    except (Exception, SystemExit, GeneratorExit) as error:  # others are no answer of the object's: an interrupt, a stop
         return _second_attempt(root, what, in_band, error)
     return file.getvalue(), buffers
 
@@ -90,7 +90,7 @@ def _second_attempt(root: Any, what: str, in_band: bool, error: BaseException) -
         file = io.BytesIO()
         try:
             FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
-        except (Exception, SystemExit):
+        except (Exception, SystemExit, GeneratorExit):
             pass  # the first error is the one to tell: the second may only be dill's
         else:
             return file.getvalue(), buffers

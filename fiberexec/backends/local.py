@@ -144,10 +144,6 @@ class LocalBackend:
             self._reap(server)
 
     def forked(self) -> None:
-        self._server = 0
-        for process in self._processes.values():
-            if process.connection is not None:
-                process.connection.close()
         self._forget_server()
 
     # -- the fork server
@@ -248,6 +244,10 @@ class LocalBackend:
 
     def _forget_server(self) -> None:
         self._server = 0
+        for process in self._processes.values():
+            if process.connection is not None:
+                process.connection.close()
+        self._processes.clear()
         if self._control is not None:
             self._control.close()
             os.close(self._lifeline)
