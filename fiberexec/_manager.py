@@ -295,6 +295,8 @@ class Manager:
             self.backend.signal(connection.worker, signal.SIGKILL, True)  # its end will be reported
 
     def _poll_backend(self, events: list[Any]) -> None:
+        delay: float | None = None
+        refused = False  # together they are one failure, however many workers were asked for
         for event in self.backend.poll():
             if isinstance(event, base.Started):
                 self._refused = 0
@@ -306,9 +308,11 @@ class Manager:
                 self._watch(connection, not connection.write())
                 events.append(ev.WorkerStarted(event.worker, event.job, event.pool))
             elif isinstance(event, base.Refused):
-                self._refused += 1
-                delay = None if event.final else self._launch_delay(self._refused, event.error)
-                events.append(ev.WorkerRefused(event.worker, event.error, delay))
+                if not refused:
+                    refused = True
+                    self._refused += 1
+                    delay = self._launch_delay(self._refused, event.error)
+                events.append(ev.WorkerRefused(event.worker, event.error, None if event.final else delay))
             elif isinstance(event, base.Probed):
                 events.append(ev.Probed(event.worker, event.cell.running, event.cell.seconds))
             elif isinstance(event, base.Recalled):

@@ -286,11 +286,12 @@ class Worker:
             self._check_forked(None)
             self._slice = None
             now = monotonic()
+            alone = now - began if not part.results else 0.0  # seconds of an item that raised before any other was done
             self._reply_values(part, now)
             done = part.number - number
             if error is not None:
                 cell[RUNNING] = part.number
-                self._reply(part.number, 1, messages.ERROR, dump_exception(error), (), 0.0)
+                self._reply(part.number, 1, messages.ERROR, dump_exception(error), (), alone)
                 done += 1
             elif done < size:  # the rest was recalled meanwhile
                 self._reply(part.number, stop - start - done, messages.RECALLED, b"", (), 0.0)
