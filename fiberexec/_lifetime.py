@@ -36,7 +36,8 @@ def _at_exit() -> None:
     """Let every executor finish what it was given, as the standard's do when the interpreter ends."""
     global exiting
     exiting = True
-    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)  # it is what ends the program
+    # What ends a program; at a prompt it may have been typed long ago.
+    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1")
     for manager in list(_managers):
         if interrupted:
             manager.terminate_all()
