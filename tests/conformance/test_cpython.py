@@ -176,6 +176,8 @@ class Substitute:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_module":  # asked for before it is there: while this is being unpickled in a worker
+            raise AttributeError(name)
         return getattr(self._module, name)
 
 

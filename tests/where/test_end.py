@@ -355,5 +355,6 @@ def check_interrupt(program: Any, within: float = 2.0) -> None:
     program.finish()
     took = time.monotonic() - begin
     assert program.code == -signal.SIGINT
-    assert program.err.count("Traceback") == 1 and program.err.endswith("KeyboardInterrupt\n"), program.err
+    # More than one traceback is shown where the interrupt came while another exception was being handled.
+    assert "fiberexec-manager" not in program.err and program.err.endswith("KeyboardInterrupt\n"), program.err
     assert took < within, f"it took {took:.2f} s"
