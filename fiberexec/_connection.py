@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from fiberexec import _messages as messages
@@ -21,11 +22,11 @@ class Payload:
 
     __slots__ = ("buffers", "data", "function", "kind", "size")
 
-    def __init__(self, function: FunctionRef, kind: int, data: bytes, buffers: list[Buffer]) -> None:
+    def __init__(self, function: FunctionRef, kind: int, data: bytes, buffers: Sequence[Buffer] = ()) -> None:
         self.function = function
         self.kind = kind
         self.data = data
-        self.buffers = buffers
+        self.buffers = buffers or ()  # an empty list each would be work for the garbage collector
         self.size = len(data) + sum(map(len, buffers)) if buffers else len(data)
 
 

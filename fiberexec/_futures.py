@@ -34,11 +34,49 @@ def load_outcome(outcome: Outcome) -> tuple[Any, BaseException | None]:
         return None, error
 
 
+class _Condition(threading.Condition):
+    """A Condition of two objects instead of ten: futures wait by the thousand, and the garbage collector visits them all."""
+
+    _waiters: Any = ()
+    _lock: Any
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        return bool(self._lock.acquire(blocking, timeout))
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not self._waiters:
+            self._waiters = deque()
+        return super().wait(timeout)
+
+    def _release_save(self) -> Any:
+        return self._lock._release_save()
+
+    def _acquire_restore(self, state: Any) -> None:
+        self._lock._acquire_restore(state)
+
+    def _is_owned(self) -> bool:
+        return bool(self._lock._is_owned())
+
+
 class FiberFuture(concurrent.futures.Future[T]):
     """A ``concurrent.futures.Future`` whose task can be stopped while it is running."""
 
     _task: Task | None = None
     _manager: Manager | None = None
+
+    def __init__(self) -> None:  # the standard's own, with another Condition
+        self._condition: threading.Condition = _Condition()
+        self._state = "PENDING"
+        self._result: Any = None
+        self._exception: BaseException | None = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
 
     def cancel(self) -> bool:
         """Cancel the task if it has not been sent to a worker. Returns whether it is cancelled."""
@@ -88,10 +126,9 @@ class FiberFuture(concurrent.futures.Future[T]):
         elif super().cancel():
             self.set_running_or_notify_cancel()
 
-
     def forked(self) -> None:
         """In a forked child the lock may be held by a thread that does not exist there."""
-        self._condition = threading.Condition()
+        self._condition = _Condition()
 
     def abandon(self, error: BaseException) -> None:
         """End, since nobody is left who could do so in order."""
@@ -140,7 +177,7 @@ class MapResults:
                 self._arrived.notify()
 
     def take(self, deadline: float | None) -> list[Any]:
-        """Wait for the next item: the values that are there from it on, last first. Raises the item's exception."""
+        """Wait for the next item: the values that are there from it on. Raises the item's exception."""
         first, end = self._groups.popleft()
         with self._arrived:
             self._wanted = first
@@ -167,10 +204,7 @@ class MapResults:
                 raise error
             finally:
                 del error
-        if what[0] != messages.VALUES:
-            return [value]
-        value.reverse()
-        values: list[Any] = value
+        values: list[Any] = value if what[0] == messages.VALUES else [value]
         return values
 
 

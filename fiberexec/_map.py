@@ -6,7 +6,7 @@ that cannot be pickled, or does harm when it is unpickled, is alone with it. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from fiberexec._connection import Payload
 from fiberexec._futures import MapResults
 from fiberexec._manager import Manager
 from fiberexec._scheduler import Profile, Task
-from fiberexec._serialize import FunctionRef, dumps, dumps_call, is_plain
+from fiberexec._serialize import FunctionRef, dumps_call, dumps_plain, is_plain
 
 GROUP = 1024  # items in one payload, at most, as long as nothing is known of their cost
 GROUP_SECONDS = 0.002  # of measured work in one payload, at most
@@ -60,16 +60,16 @@ class _Mapping:
     def cancel(self) -> None:
         self._manager.drop(self.results)
 
-    def _task(self, first: int, count: int, kind: int, data: bytes, buffers: list[Any]) -> Task:
+    def _task(self, first: int, count: int, kind: int, data: bytes, buffers: Sequence[Any] = ()) -> Task:
         return Task(first, self._profile, Payload(self._ref, kind, data, buffers), self.results, 0, count)
 
     def _plain(self, first: int, items: list[Any]) -> list[Task] | None:
         columns = (items,) if self._single else tuple(map(list, zip(*items, strict=True)))
         if not all(map(is_plain, columns)):
             return None
-        data, buffers = dumps(columns)
+        data = dumps_plain(columns)
         self._adapt(len(data), len(items))
-        return [self._task(first, len(items), messages.COLUMNS, data, buffers)]
+        return [self._task(first, len(items), messages.COLUMNS, data)]
 
     def _pickled(self, first: int, items: list[Any]) -> list[Task]:
         tasks: list[Task] = []
@@ -80,7 +80,7 @@ class _Mapping:
         def close(end: int) -> None:
             nonlocal group, size
             if group:
-                tasks.append(self._task(end - len(group), len(group), messages.ITEMS, messages.encode(group), []))
+                tasks.append(self._task(end - len(group), len(group), messages.ITEMS, messages.encode(group)))
                 group, size = [], 0
 
         for identity, item in enumerate(items, first):
@@ -157,6 +157,11 @@ def _results(mapping: _Mapping, deadline: float | None, group: int, buffersize: 
     try:
         while handed < mapping.taken:
             values = results.take(deadline)
+            if not more and len(values) > 1:  # plain ones: what is kept here of them is small
+                handed += len(values)
+                yield from values
+                continue
+            values.reverse()
             while values:  # taken out one by one: nothing is kept here that the consumer has let go
                 handed += 1
                 if more and mapping.taken - handed <= ahead:

@@ -50,8 +50,13 @@ def fresh_memory(size: int) -> bytearray | memoryview:
     return bytearray(size)
 
 
+def send_fd(sock: socket, data: bytes, fd: int) -> None:
+    """Send data and a descriptor with it: socket.send_fds() without the cost of importing socket."""
+    sock.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))])
+
+
 def receive_fds(sock: socket, size: int, count: int) -> tuple[bytes, list[int]]:
-    """One read, and the descriptors that came with it: socket.recv_fds() without the cost of importing socket."""
+    """One read, and the descriptors that came with it: as send_fd()."""
     data, ancillary, _, _ = sock.recvmsg(size, CMSG_SPACE(4 * count))
     fds: list[int] = []
     for level, kind, content in ancillary:

@@ -21,7 +21,7 @@ from _thread import allocate_lock
 from time import monotonic, monotonic_ns
 
 from fiberexec import _messages as messages
-from fiberexec._serialize import dump_exception, dumps_result, is_plain, loads
+from fiberexec._serialize import dump_exception, dumps_plain, dumps_result, is_plain, loads
 from fiberexec._stream import Buffer, Stream
 
 TYPE_CHECKING = False
@@ -314,7 +314,7 @@ class Worker:
         seconds = now - part.began
         part.began = now
         if len(results) > 1 and is_plain(results):
-            self._reply(number, len(results), messages.VALUES, dumps_result(results)[0], (), seconds)
+            self._reply(number, len(results), messages.VALUES, dumps_plain(results), (), seconds)
             return
         running = self._cell[RUNNING]
         for result in results:  # pickling runs the user's code: each on its own account

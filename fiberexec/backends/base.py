@@ -13,7 +13,7 @@ Rules:
 
 from __future__ import annotations
 
-import socket
+from _socket import socket  # the module around it costs a fresh driver 4 ms
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -65,7 +65,7 @@ class Started(NamedTuple):
     worker: int
     pid: int
     host: str
-    connection: socket.socket
+    connection: socket
     pool: Pool
     job: str
 

@@ -6,8 +6,8 @@ import errno
 import fcntl
 import os
 import signal
-import socket
 import sys
+from _socket import SHUT_WR, SO_SNDBUF, SOL_SOCKET, socket, socketpair
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic, monotonic_ns, sleep
@@ -37,9 +37,9 @@ _CLAIM_SHOWS = 0.001  # seconds after which what a worker claimed before it saw 
 class _Process:
     """A worker's process as the backend knows it."""
 
-    def __init__(self, slot: int, connection: socket.socket) -> None:
+    def __init__(self, slot: int, connection: socket) -> None:
         self.slot = slot
-        self.connection: socket.socket | None = connection  # until it is handed over
+        self.connection: socket | None = connection  # until it is handed over
         self.pid = 0
 
 
@@ -65,7 +65,7 @@ class LocalBackend:
         self._slots = deque(range(count))
         self._processes: dict[int, _Process] = {}
         self._server = 0  # the fork server's pid, 0 when there is none
-        self._control: socket.socket | None = None
+        self._control: socket | None = None
         self._stream: Stream | None = None
         self._lifeline = -1
         self._cells_fd = -1
@@ -134,7 +134,7 @@ class LocalBackend:
         if server and control is not None:
             try:  # say goodbye, and listen until it has gone
                 control.settimeout(_CLOSE_TIMEOUT)
-                control.shutdown(socket.SHUT_WR)
+                control.shutdown(SHUT_WR)
                 while control.recv(1 << 16):
                     pass
             except OSError:
@@ -151,16 +151,16 @@ class LocalBackend:
     def _launch(self, worker: int) -> None:
         if not self._server:
             self._start_server()
-        ours, theirs = socket.socketpair()
+        ours, theirs = socketpair()
         try:
             for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+                end.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
             slot = self._slots.popleft()
             cell = self._cell(slot)
             cell[RUNNING] = cell[STARTED] = cell[CLAIMED] = cell[RECALLED] = 0
             assert self._control is not None
             frame = b"".join(pack(messages.FORK, messages.encode((worker, slot))))
-            socket.send_fds(self._control, [frame], [theirs.fileno()])
+            _platform.send_fd(self._control, frame, theirs.fileno())
         except OSError:
             ours.close()
             raise
@@ -173,7 +173,7 @@ class LocalBackend:
             raise OSError(errno.ENOENT, "sys.executable is empty: there is no interpreter to start workers with")
         opened: list[int] = []
         try:
-            opened += (end.detach() for end in socket.socketpair())
+            opened += (end.detach() for end in socketpair())
             opened += os.pipe()
             opened.append(_platform.make_cells(self._count))
             control, remote, alive, lifeline, cells = opened
@@ -194,7 +194,7 @@ class LocalBackend:
             raise
         for fd in (remote, alive, *opened[5:]):
             os.close(fd)
-        self._control = socket.socket(fileno=control)
+        self._control = socket(fileno=control)
         self._control.setblocking(False)
         self._stream = Stream(self._control)
         self._lifeline = lifeline

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import sys
 import time
+from _socket import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -140,7 +140,7 @@ def executing(factory: Factory, workers: int, **options: Any) -> Iterator[tuple[
     assert recorder.closed == 1, "the executor closes its backend once"
 
 
-def wait_for_the_end(connection: socket.socket) -> None:
+def wait_for_the_end(connection: socket) -> None:
     """Read what is there until the peer has closed the stream."""
     connection.settimeout(PATIENCE)
     try:
