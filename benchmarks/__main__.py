@@ -47,8 +47,8 @@ def parse() -> argparse.Namespace:
 
 
 def pick_peers(named: list[str], needed: set[str]) -> list[str]:
-    """Return the peers to measure, in their usual order: those named, and those that a ratio needs."""
-    wanted = {*named, BASE, *needed} if named else {name for name, peer in PEERS.items() if not peer.optional}
+    """Return the peers to measure, in their usual order: those named, those that a ratio needs, and fiberexec."""
+    wanted = {*named, BASE, *needed, "fiberexec"} if named else {name for name, peer in PEERS.items() if not peer.optional}
     for name in sorted(wanted):
         if not is_installed(name):
             print(f"{name} is not installed and is left out", file=sys.stderr)
