@@ -37,7 +37,7 @@ def timed_out(task: Task) -> TaskTimeout:
 
 
 def lost(task: Task, exit: Exit, host: str, pid: int) -> WorkerLost:
-    losses = task.infra if exit.infrastructure else task.losses
+    losses = max(1, task.infra if exit.infrastructure else task.losses)  # 0: it was never known what was executing
     identity = task.id + task.start
     text = (
         f"task {identity} ({task.profile.name}) lost {losses} worker{'s' * (losses > 1)} while it was executing; the last "

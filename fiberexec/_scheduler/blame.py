@@ -71,7 +71,12 @@ def charge(task: Task, executed: bool, exit: Exit, limits: Limits) -> bool:
         return task.losses >= task.profile.max_losses
     task.infra += 1
     task.alone = task.alone or not exit.infrastructure
-    return task.infra >= limits.max_infrastructure_losses
+    return (executed and runs_once(task)) or task.infra >= limits.max_infrastructure_losses
+
+
+def runs_once(task: Task) -> bool:
+    """Whether a task that may have been executing must not run again, whoever is to blame."""
+    return task.profile.max_losses == 1
 
 
 def _single(task: Task) -> list[Task]:

@@ -8,7 +8,7 @@ from typing import Any
 from fiberexec._scheduler import events as ev
 from fiberexec._scheduler.agenda import Agenda
 from fiberexec._scheduler.assign import assign
-from fiberexec._scheduler.blame import charge, sort_out
+from fiberexec._scheduler.blame import charge, runs_once, sort_out
 from fiberexec._scheduler.crew import Crew
 from fiberexec._scheduler.fleet import Fleet
 from fiberexec._scheduler.hands import split_off, take_back
@@ -306,15 +306,21 @@ class Scheduler:
             return
         if before is STARTING:
             self._crew.ended_early(worker, event.exit)
-        charged = []
-        for task in verdict.charged:
-            if task.doom is None and charge(task, verdict.executed, event.exit, self.limits):
+        again = []
+        for task in verdict.charged or verdict.suspects:  # never both
+            if task.doom is not None:
+                over = False
+            elif verdict.charged:
+                over = charge(task, verdict.executed, event.exit, self.limits)
+            else:
+                over = runs_once(task)
+            if over:
                 self._fail(task, "fail", ev.LOST, worker.id, event.exit)
             else:
-                charged.append(task)
+                again.append(task)
         if verdict.suspects or (verdict.charged and verdict.executed):
             self.lost += 1
-        self._requeue([*charged, *verdict.suspects, *verdict.free], "lose")
+        self._requeue([*again, *verdict.free], "lose")
 
     # -- the end
 

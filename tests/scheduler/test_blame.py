@@ -20,6 +20,12 @@ def lost_items(sim: Simulation) -> set[int]:
     return {item for item, outcome in sim.outcomes.items() if outcome == "lost"}
 
 
+def lose_cells(sim: Simulation) -> None:
+    """From now on nobody knows what a dead worker was executing."""
+    tell = sim.tell
+    sim.tell = lambda event: tell(event._replace(running=None) if isinstance(event, ev.WorkerEnded) else event)  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_poison_item_fails_alone_at_its_limit(simulate: Make, limit: int) -> None:
     sim = simulate(4, work=lambda item, attempt: CRASH if item == 500 else TINY)
@@ -68,22 +74,35 @@ def test_an_attempt_that_was_lost_counts_as_an_attempt(simulate: Make) -> None:
 
 def test_suspects_run_alone_until_the_culprit_shows(simulate: Make) -> None:
     sim = simulate(4, work=lambda item, attempt: CRASH if item == 30 else Attempt(0.0002), workers_per_job=4)
-    sim.submit(sim.profile(max_losses=1), 60)
-
-    def lose_cells(event: ev.WorkerEnded) -> ev.WorkerEnded:
-        return event._replace(running=None)
-
-    tell = sim.tell
-    sim.tell = lambda event: tell(lose_cells(event) if isinstance(event, ev.WorkerEnded) else event)  # type: ignore[method-assign]
+    sim.submit(sim.profile(max_losses=2), 60)
+    lose_cells(sim)
     sim.run()
     assert lost_items(sim) == {30}
-    assert sim.attempts[30] == 2, "once among others, once alone"
+    assert sim.attempts[30] == 3, "once among others, twice alone"
     assert len(sim.outcomes) == 60
+
+
+def test_nothing_that_may_have_run_runs_again_where_that_is_turned_off(simulate: Make) -> None:
+    sim = simulate(4, work=lambda item, attempt: CRASH if item == 30 else Attempt(0.0002), workers_per_job=4)
+    sim.submit(sim.profile(max_losses=1), 60)
+    lose_cells(sim)
+    sim.run()
+    assert 30 in lost_items(sim) and set(sim.attempts.values()) == {1}
+    assert len(sim.outcomes) == 60
+
+
+def test_a_loss_by_the_infrastructure_ends_a_task_that_must_run_once(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: Attempt(1.0))
+    sim.submit(sim.profile(max_losses=1), 1)
+    sim.run(until=0.5)
+    sim.kill(next(iter(sim.workers)), NODE_DRAINED)
+    sim.run()
+    assert sim.outcomes == {1: "lost"} and sim.attempts[1] == 1
 
 
 def test_a_job_that_dies_whole_charges_no_innocent_item(simulate: Make) -> None:
     sim = simulate(8, work=lambda item, attempt: Attempt(0.01), workers_per_job=4)
-    sim.submit(sim.profile(max_losses=1), 200)
+    sim.submit(sim.profile(max_losses=2), 200)
     for number in range(5):
         sim.at(0.06 + 0.1 * number, lambda: sim.kill_job(next(iter(sim.workers.values())).job))
     sim.run()
@@ -125,7 +144,7 @@ def test_a_job_that_was_kept_for_a_suspect_is_used_again_when_there_is_none(simu
 
 def test_losses_by_the_infrastructure_are_counted_apart(simulate: Make) -> None:
     sim = simulate(1, work=lambda item, attempt: Attempt(1.0), max_infrastructure_losses=5)
-    sim.submit(sim.profile(max_losses=1), 1)
+    sim.submit(sim.profile(max_losses=2), 1)
 
     def drain() -> None:
         for worker in list(sim.workers.values()):
@@ -141,7 +160,7 @@ def test_losses_by_the_infrastructure_are_counted_apart(simulate: Make) -> None:
 
 def test_a_task_survives_losses_by_the_infrastructure_below_the_limit(simulate: Make) -> None:
     sim = simulate(1, work=lambda item, attempt: Attempt(0.05))
-    sim.submit(sim.profile(max_losses=1), 3)
+    sim.submit(sim.profile(max_losses=2), 3)
     for number in range(19):
         sim.at(0.06 + 0.06 * number, lambda: [sim.kill(w, NODE_DRAINED, running=False) for w in list(sim.workers)])
     sim.run()
