@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -21,6 +22,10 @@ OURS = (
 )  # how names begin that fiberexec or multiprocessing gives to files and shared memory
 
 faulthandler.enable()
+
+
+# A shell that runs the tests in the background makes them ignore Ctrl-C, and so all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _children() -> dict[str, str]:
