@@ -91,6 +91,12 @@ class MpPool(Peer):
         self.pool.join()
 
 
+class MpSpawn(Peer):
+    """``multiprocessing`` with spawn: for the rows of ``fiberexec.mp`` alone, see the module mp."""
+
+    name = "mp-spawn"
+
+
 class Loky(Peer):
     name = "loky"
     needs = "loky"
@@ -166,7 +172,7 @@ class Threads(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (StdlibFork, StdlibSpawn, MpPool, Loky, Pebble, Fiberexec, DaskExecutor, Threads)
+    peer.name: peer for peer in (StdlibFork, StdlibSpawn, MpPool, MpSpawn, Loky, Pebble, Fiberexec, DaskExecutor, Threads)
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from .peers import BASE
+from .peers import BASE, MpSpawn
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Row:
 
 OURS = ("fiberexec",)
 LOKY = ("loky", "fiberexec")
+BOTH: Any = {"against": MpSpawn.name, "peers": (MpSpawn.name, "fiberexec")}
 # fmt: off
 ROWS = (
     Row("latency", "latency of `submit().result()`", "µs", 0.6, higher=False),
@@ -64,6 +66,18 @@ ROWS = (
     Row("waves_time", "... time for a task, end/start", "x", 1.2, False, "", "waves", OURS),
     Row("scheduler", "the scheduler alone, 1,000 workers, batches", "tasks/s", 250_000, True, "", peers=OURS),
     Row("scheduler_flat", "... cost of a task, 1,000 over 10", "x", 1.25, False, "", "scheduler", OURS),
+    Row("mp_map_1e5", "`mp.Pool.map` of 1e5 tiny items", "items/s", 1, **BOTH),
+    Row("mp_map_1e6", "`mp.Pool.map` of 1e6 tiny items", "items/s", 1, **BOTH),
+    Row("mp_queue", "`mp.Queue`, small items", "items/s", 1, **BOTH),
+    Row("mp_queue_manager", "`mp.Queue`, small items, over `Manager().Queue()`", "items/s", 10, **BOTH),
+    Row("mp_queue_1m", "`mp.Queue`, 1 MiB", "MB/s", 1, **BOTH),
+    Row("mp_queue_64m", "`mp.Queue`, 64 MiB", "MB/s", 1, **BOTH),
+    Row("mp_pipe", "`mp.Pipe`, round trip", "µs", 1.2, False, **BOTH),
+    Row("mp_pipe_1m", "`mp.Pipe`, 1 MiB", "MB/s", 1, **BOTH),
+    Row("mp_pipe_64m", "`mp.Pipe`, 64 MiB", "MB/s", 1, **BOTH),
+    Row("mp_lock", "`mp.Lock`, acquire and release, over a manager's", "µs", 1.2, False, **BOTH),
+    Row("mp_manager", "call of a `mp.Manager`'s object", "µs", 1, False, **BOTH),
+    Row("mp_process", "`mp.Process`, start to exit", "ms", 1, False, **BOTH),
 )
 # fmt: on
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from .cell import MARK, STARTUP
+from .peers import MpSpawn
 from .rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +143,7 @@ def run_rounds(
     for turn in range(rounds):
         for workload in workloads:
             allowed = next(row.peers for row in rows if row.workload == workload)
-            able = [peer for peer in peers if not allowed or peer in allowed]
+            able = [peer for peer in peers if (peer in allowed if allowed else peer != MpSpawn.name)]
             shift = turn % max(1, len(able))
             for peer in able[shift:] + able[:shift]:
                 if quiet:
