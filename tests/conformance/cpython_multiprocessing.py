@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 import re
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -99,6 +98,7 @@ def run_source() -> None:
         tree = Programs().visit(tree)
         namespace["__builtins__"] = {**vars(builtins), "__import__": replacement}
         exchanged("").get_start_method = get_start_method
+    namespace["__file__"] = spec.origin  # beside it are programs that the tests start
     exec(compile(tree, spec.origin, "exec", dont_inherit=True), namespace)
 
 
@@ -106,4 +106,4 @@ namespace = globals()
 run_source()
 CASES: dict[str, Any] = {"__name__": __name__}
 namespace["install_tests_in_module_dict"](CASES, "spawn" if STANDARD else "local")
-namespace.update(CASES)
+namespace.update(CASES)  # children find them by name
