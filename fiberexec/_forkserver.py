@@ -123,6 +123,12 @@ class ForkServer:
                     _kill_group(child.pid, number)
                 else:
                     _kill(child.pid, number)
+        elif kind == messages.PRELOAD:
+            for name in message:
+                try:
+                    __import__(name)
+                except Exception:
+                    pass  # whoever needs it hears of it
 
     def _report(self, kind: int, message: object) -> None:
         self._control.sendall(b"".join(pack(kind, messages.encode(message))))

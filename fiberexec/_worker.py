@@ -76,6 +76,10 @@ class Worker:
         self._log_level = 0
         self.unit: tuple[Any, ...] | None = None  # the unit that is being run
 
+    def fileno(self) -> int:
+        """The stream's descriptor: readable when the driver has gone."""
+        return self._stream.fileno()
+
     # -- life
 
     def main(self) -> NoReturn:

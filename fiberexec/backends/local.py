@@ -73,6 +73,7 @@ class LocalBackend:
         self._events: list[JobEvent] = []
         self._recalls: deque[tuple[float, int, int]] = deque()  # when the answer is due, worker, number
         self._count = count
+        self._preload: tuple[str, ...] = ()
 
     # -- the contract
 
@@ -146,9 +147,15 @@ class LocalBackend:
     def forked(self) -> None:
         self._forget_server()
 
+    def preload(self, modules: tuple[str, ...]) -> None:
+        """Load modules once, for all the processes that will be started. To be called before the first launch()."""
+        self._preload = modules
+
     # -- the fork server
 
     def _launch(self, worker: int) -> None:
+        if not self._slots:
+            raise OSError(errno.EAGAIN, f"{self._count} processes are running")
         if not self._server:
             self._start_server()
         ours, theirs = socketpair()
@@ -200,6 +207,8 @@ class LocalBackend:
         self._lifeline = lifeline
         self._cells_fd = cells
         self._cells = _platform.map_cells(cells)
+        if self._preload:
+            self._tell(messages.PRELOAD, self._preload)
 
     def _handle(self, frame: Frame) -> None:
         kind, body, _ = frame

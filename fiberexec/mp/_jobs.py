@@ -1,0 +1,357 @@
+"""The processes that this process has started: one thread that owns their backends, their streams and their ends.
+
+    Process.start() ── Job ────► jobs thread ── launch, signal ─► backend
+    terminate()     ── signal ─►   │    ◄── Started: the child is told what to run; Ended: that is the job's end
+                                   └──► Job: pid, host, exit, and a byte in the sentinel
+
+Rules:
+- A job is launched once, and its one task sent once: nothing that has started ever runs again.
+- Signals other than SIGKILL wait until the child is ready: then it dies of them as a program of its own would.
+- What a child has sent is read before its end is told.
+- A forked child forgets all of it and makes its own when it needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from multiprocessing import util
+from typing import Any, NamedTuple
+
+from fiberexec import _config
+from fiberexec import _messages as messages
+from fiberexec._connection import Connection
+from fiberexec._scheduler import events as ev
+from fiberexec._stream import Buffer, Stream
+from fiberexec._waker import Waker
+from fiberexec.backends import registry
+from fiberexec.backends.base import Backend, Ended, Exit, Pool, Refused, Started
+
+MAX_PROCESSES = 4096  # at once, of one size
+PRELOAD = ("fiberexec.mp._child",)  # what a backend that forks may load once for all processes
+Task = Callable[[str | None], tuple[bytes, list[Buffer]]]  # the TASKS frame, given the devices that the job has
+
+
+class Size(NamedTuple):
+    """Where a job runs, and what it has there; None: the settings say it. ``memory`` is in bytes."""
+
+    backend: str | None = None
+    cpu: float | None = None
+    memory: int | None = None
+    gpu: int | None = None
+
+
+class Job:
+    """One process. The jobs thread writes everything, and nothing again after ``exit``."""
+
+    def __init__(self, size: Size, setup: tuple[bytes, list[Buffer]], task: Task) -> None:
+        self.size = size
+        self.setup = setup
+        self.task: Task | None = task  # until it is sent
+        self.launched = threading.Event()  # or refused, or ended
+        self.ready = False
+        self.waiting: list[int] = []  # signals, until it is ready
+        self.pid: int | None = None
+        self.host = ""
+        self.id = ""  # the backend's name of the job
+        self.devices: tuple[str, ...] = ()
+        self.exit: Exit | None = None
+        self.error: BaseException | None = None  # why it was not launched
+        self.at_end: list[Callable[[], None]] = []  # called by the jobs thread when the process has ended; must not block
+        self.sentinel, self._end = os.pipe()
+
+    def finish(self, exit: Exit) -> None:
+        """The process has ended, or will never start."""
+        self.exit = exit
+        self.task = None
+        try:
+            os.write(self._end, b"x")  # closing would not do: a forked child may have a copy
+        except OSError:
+            pass  # nobody waits
+        os.close(self._end)
+        self.launched.set()
+        for call in self.at_end:
+            _guarded(call)
+
+
+class Jobs:
+    """See the module's description. Any thread may call start(), signal() and close()."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the thread's beginning and end, and the making of backends
+        self._backends: dict[Size, Backend] = {}
+        self._inbox: deque[tuple[Job, int]] = deque()  # what to do: launch (0), or send a signal
+        self._thread: threading.Thread | None = None
+        self._waker = Waker()
+        self.closed = False  # or closing
+        # The rest is the thread's own.
+        self._selector: Any = None
+        self._jobs: dict[int, Job] = {}  # by the worker's number
+        self._numbers: dict[Job, int] = {}
+        self._connections: dict[Job, Connection] = {}
+        self._watched: set[int] = set()
+        self._devices: Counter[str] = Counter()
+        self._last = 0
+
+    # -- called by any thread
+
+    def start(self, job: Job) -> None:
+        """Launch a job. Raises ConfigError for a backend or a size that cannot be."""
+        with self._lock:
+            if job.size not in self._backends:
+                self._backends[job.size] = _make(job.size)
+            self._inbox.append((job, 0))
+            self._start()
+        self._waker.wake()
+
+    def signal(self, job: Job, number: int) -> None:
+        """Send a signal to a job's process, if it has not ended."""
+        if job.exit is None:
+            self._inbox.append((job, number))
+            self._waker.wake()
+
+    def running(self) -> list[Job]:
+        """The jobs that have not ended."""
+        return list(self._jobs.values())
+
+    def close(self) -> None:
+        """End every process, the backends and the thread; return when that is done."""
+        with self._lock:
+            self.closed = True
+            thread, self._thread = self._thread, None
+        self._waker.wake()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def forked(self) -> None:
+        """In a forked child: close what is the parent's."""
+        for connection in self._connections.values():
+            connection.stream.close()
+        for backend in self._backends.values():
+            backend.forked()
+        if self._selector is not None:
+            self._selector.close()
+        self._waker.forked()
+
+    def _start(self) -> None:
+        if self.closed:
+            raise RuntimeError("processes cannot be started any more: the program is ending")
+        if self._thread is None:
+            selector = selectors.DefaultSelector()
+            try:
+                selector.register(self._waker.open(), selectors.EVENT_READ)
+                self._selector = selector
+                thread = threading.Thread(target=self._run, name="fiberexec-jobs", daemon=True)
+                thread.start()
+            except BaseException:
+                selector.close()
+                self._waker.close()
+                raise
+            self._thread = thread
+
+    # -- the thread
+
+    def _run(self) -> None:
+        reason = "the program is ending"
+        try:
+            while not self.closed:
+                self._turn()
+        except BaseException as error:  # a defect: nobody may be left waiting
+            reason = f"the thread that looks after processes failed: {error!r}"
+            raise
+        finally:
+            with self._lock:
+                self.closed = True
+            for backend in self._backends.values():
+                backend.close()
+            for job in {*self._jobs.values(), *(job for job, number in self._inbox if not number)}:
+                self._end(job, Exit(None, reason))
+            self._selector.close()
+            self._waker.close()
+
+    def _turn(self) -> None:
+        for key, mask in self._selector.select(self._timeout()):
+            job = key.data
+            if isinstance(job, Job):
+                if mask & selectors.EVENT_WRITE:
+                    self._write(job)
+                if mask & selectors.EVENT_READ:
+                    self._read(job, 16)
+        self._waker.clear()
+        while self._inbox:
+            self._do(*self._inbox.popleft())
+        for backend in list(self._backends.values()):
+            for event in backend.poll():
+                if isinstance(event, Started):
+                    self._started(event)
+                elif isinstance(event, Refused):
+                    self._refused(event)
+                elif isinstance(event, Ended):
+                    self._end(self._jobs[event.worker], event.exit)
+        self._follow_backends()
+
+    def _timeout(self) -> float | None:
+        due = [when for backend in list(self._backends.values()) if (when := backend.wakeup()) is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _do(self, job: Job, number: int) -> None:
+        backend = self._backends[job.size]
+        if not number:
+            self._last += 1
+            self._jobs[self._last] = job
+            self._numbers[job] = self._last
+            backend.launch([self._last])
+        elif job in self._numbers:
+            if job.ready or number == signal.SIGKILL:
+                backend.signal(self._numbers[job], number, False)
+            else:
+                job.waiting.append(number)
+
+    def _started(self, event: Started) -> None:
+        job = self._jobs[event.worker]
+        job.pid, job.host, job.id = event.pid, event.host, event.job
+        event.connection.setblocking(False)
+        connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
+        self._connections[job] = connection
+        self._selector.register(connection.stream, selectors.EVENT_READ, job)
+        assert job.task is not None
+        setup, buffers = job.setup
+        connection.outbox.append((messages.SETUP, setup, buffers))
+        body, buffers = job.task(self._choose_devices(job, event.pool))
+        connection.outbox.append((messages.TASKS, body, buffers))
+        job.task = None
+        job.launched.set()
+        self._write(job)
+
+    def _choose_devices(self, job: Job, pool: Pool) -> str | None:
+        """For a job that asks for GPUs: those that the fewest others have; None for one that does not."""
+        if job.size.gpu is None:
+            return None
+        job.devices = tuple(sorted(pool.devices, key=lambda name: self._devices[name])[: job.size.gpu])
+        self._devices.update(job.devices)
+        return ",".join(job.devices)
+
+    def _refused(self, event: Refused) -> None:
+        job = self._jobs[event.worker]
+        job.error = event.error
+        self._end(job, Exit(None, str(event.error)))
+
+    def _write(self, job: Job) -> None:
+        connection = self._connections[job]
+        mask = selectors.EVENT_READ if connection.write() else selectors.EVENT_READ | selectors.EVENT_WRITE
+        try:
+            self._selector.modify(connection.stream, mask, job)
+        except KeyError:
+            pass  # it has closed its end
+
+    def _read(self, job: Job, reads: int | None) -> None:
+        connection = self._connections[job]
+        events, records, ended = connection.receive(reads)
+        for record in records:
+            _guarded(lambda record=record: logging.getLogger(record.name).handle(record))  # type: ignore[misc]
+        backend = self._backends[job.size]
+        for event in events:
+            if isinstance(event, ev.WorkerReady):
+                job.ready = True
+                if event.error is not None:
+                    job.error = event.error
+                    job.waiting = [signal.SIGKILL]
+                for number in job.waiting:
+                    backend.signal(self._numbers[job], number, False)
+        if ended:
+            try:
+                self._selector.unregister(connection.stream)
+            except (KeyError, ValueError):
+                pass
+            backend.signal(self._numbers[job], signal.SIGKILL, True)  # its end will be reported
+
+    def _end(self, job: Job, exit: Exit) -> None:
+        connection = self._connections.get(job)
+        if connection is not None:
+            self._read(job, None)
+            try:
+                self._selector.unregister(connection.stream)
+            except (KeyError, ValueError):
+                pass
+            connection.stream.close()
+            del self._connections[job]
+        number = self._numbers.pop(job, 0)
+        self._jobs.pop(number, None)
+        self._devices.subtract(job.devices)
+        if job.error is not None:
+            exit = Exit(None, str(job.error))
+        job.finish(exit)
+
+    def _follow_backends(self) -> None:
+        wanted = {fd for backend in list(self._backends.values()) for fd in backend.fds()}
+        for fd in self._watched - wanted:
+            try:
+                self._selector.unregister(fd)
+            except (KeyError, ValueError):
+                pass  # it is closed
+        for fd in wanted - self._watched:
+            self._selector.register(fd, selectors.EVENT_READ)
+        self._watched = wanted
+
+
+def _make(size: Size) -> Backend:
+    settings = _config.load(backend=size.backend)
+    settings = settings._replace(
+        cpu=settings.cpu if size.cpu is None else size.cpu,
+        memory=settings.memory if size.memory is None else size.memory,
+        gpu=settings.gpu if size.gpu is None else size.gpu,
+    )
+    backend = registry.create(settings.backend, settings, MAX_PROCESSES)
+    preload = getattr(backend, "preload", None)  # a hint: not every backend has a use for it
+    if preload is not None:
+        preload(PRELOAD)
+    return backend
+
+
+def _guarded(call: Callable[[], None]) -> None:
+    """Call what belongs to others: its exceptions must not end the thread."""
+    try:
+        call()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+
+
+_jobs: Jobs | None = None
+_making = threading.Lock()
+
+
+def get() -> Jobs:
+    """This process' jobs."""
+    global _jobs
+    with _making:
+        if _jobs is None or _jobs.closed:
+            _jobs = Jobs()
+            util.Finalize(None, close, exitpriority=-100)  # after children have been joined
+        return _jobs
+
+
+def close() -> None:
+    """End every process that this one has started, and what looks after them; the next one starts anew."""
+    global _jobs
+    with _making:
+        jobs, _jobs = _jobs, None
+    if jobs is not None:
+        jobs.close()
+
+
+def _in_child() -> None:
+    global _jobs, _making
+    _making = threading.Lock()
+    jobs, _jobs = _jobs, None
+    if jobs is not None:
+        jobs.forked()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,142 @@
+"""A process as its parent holds it: what multiprocessing's Process asks of a ``_popen``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+from multiprocessing import context as standard
+from multiprocessing import process, util
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from fiberexec import _config
+from fiberexec import _messages as messages
+from fiberexec._serialize import dumps, dumps_call
+from fiberexec._stream import Buffer
+from fiberexec.mp import _child, _jobs
+
+if TYPE_CHECKING:
+    from fiberexec.mp.process import Process
+
+_PATIENCE = 1.0  # seconds that start() waits for a launch, to raise its error
+_RUN = 1  # the number of the child's only function
+_environ = dict(os.environ)  # as the backends know it
+
+
+class Popen:
+    """Launches the process when it is made. Raises LaunchError, ConfigError or PicklingError when that cannot be."""
+
+    method = "fiberexec"
+
+    def __init__(self, process_obj: Process, size: _jobs.Size, method: str | None) -> None:
+        util._flush_std_streams()
+        self.returncode: int | None = None
+        standard.set_spawning_popen(self)  # type: ignore[attr-defined]
+        try:
+            data, buffers = dumps(process_obj)
+        finally:
+            standard.set_spawning_popen(None)  # type: ignore[attr-defined]
+        call = dumps_call((data, *buffers), {})
+        self._job = job = _jobs.Job(size, _setup(method), lambda devices: _task(*call, devices))
+        self.sentinel = job.sentinel
+        self._finalizer = util.Finalize(self, os.close, (job.sentinel,))
+        try:
+            _jobs.get().start(job)
+        except BaseException:
+            self.close()
+            raise
+        if job.launched.wait(_PATIENCE) and job.pid is None and job.error is not None:
+            self.close()
+            raise job.error
+
+    @property
+    def job(self) -> _jobs.Job:
+        """The job, once it is known whether it runs."""
+        self._job.launched.wait()
+        return self._job
+
+    @property
+    def pid(self) -> int | None:
+        return self._job.pid
+
+    def poll(self) -> int | None:
+        exit = self._job.exit
+        if exit is not None:
+            self.returncode = 255 if exit.code is None else exit.code
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Return the exit code, or None after ``timeout`` seconds."""
+        if self.poll() is None:
+            waiting = select.poll()
+            waiting.register(self.sentinel, select.POLLIN)
+            waiting.poll(None if timeout is None else max(0, timeout) * 1000)
+        return self.poll()
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def interrupt(self) -> None:
+        self._signal(signal.SIGINT)
+
+    def _signal(self, number: int) -> None:
+        _jobs.get().signal(self._job, number)
+
+    def close(self) -> None:
+        self._finalizer()
+
+    # What multiprocessing's own connections and sockets ask for when they are pickled for a child.
+
+    def duplicate_for_child(self, fd: int) -> int:
+        return fd
+
+    def DupFd(self, fd: int) -> Any:
+        from multiprocessing import resource_sharer
+
+        return resource_sharer.DupFd(fd)
+
+
+def _setup(method: str | None) -> tuple[bytes, list[Buffer]]:
+    """The SETUP frame: see Worker._setup, and prepare() in the child."""
+    settings = _config.load()
+    told = {
+        "authkey": bytes(process.current_process().authkey),
+        "environ": {
+            name: os.environ.get(name)
+            for name in {*os.environ, *_environ}
+            if os.environ.get(name) != _environ.get(name)
+        },
+        "interruptible": signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,
+        "log_level": util._logger and util._logger.getEffectiveLevel(),
+        "log_to_stderr": util._log_to_stderr,
+        "method": method,
+    }
+    data, buffers = dumps((_child.prepare, (told,)))
+    try:
+        directory = os.getcwd()
+    except OSError:
+        directory = "/"
+    message = {
+        "path": list(sys.path),
+        "argv": list(getattr(sys, "argv", [])),
+        "cwd": directory,
+        "env": dict(settings.env),
+        "log_level": logging.getLogger().getEffectiveLevel(),
+        "prefix": settings.prefix_output,
+        "initializer": data,
+    }
+    return messages.encode(message), buffers
+
+
+def _task(data: bytes, buffers: list[Buffer], devices: str | None) -> tuple[bytes, list[Buffer]]:
+    """The TASKS frame: one function, one call of it."""
+    function, _ = dumps(_child.run)
+    extra = None if devices is None else {"devices": devices}
+    unit = (1, 0, 1, _RUN, 0, 1, messages.CALL, data, len(buffers), extra)
+    return messages.encode(([(_RUN, function, 0)], [], [unit], None)), buffers
