@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from fiberexec import _worker
 from fiberexec._serialize import loads
+from fiberexec.mp.context import default_context
 
 
 def prepare(told: dict[str, Any]) -> None:
@@ -30,8 +31,6 @@ def prepare(told: dict[str, Any]) -> None:
     if told["log_to_stderr"]:
         util.log_to_stderr(told["log_level"])
     if told["method"] is not None:
-        from fiberexec.mp.context import default_context
-
         default_context.set_start_method(told["method"], force=True)
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.process import BaseProcess, active_children, current_process, parent_process
 from typing import TYPE_CHECKING, Any
 
-from fiberexec._options import check_int, sizes
-
 if TYPE_CHECKING:
     from fiberexec.mp._popen import Popen
 
@@ -42,12 +40,13 @@ class Process(BaseProcess):
         gpu: int | None = None,
     ) -> None:
         super().__init__(group, target, name, args, kwargs, daemon=daemon)
-        if gpu is not None:
-            check_int("gpu", gpu, 0)
-        given = sizes({"cpu": cpu, "memory": memory})
-        asked = given["cpu"], given["memory"], gpu
-        meta = getattr(self.run if target is None else target, "__fiberexec_meta__", (None, None, None))
-        self._size = tuple(default if value is None else value for value, default in zip(asked, meta))
+        asked = None, None, None
+        if (cpu, memory, gpu) != asked:
+            from fiberexec._options import meta
+
+            asked = meta(cpu=cpu, memory=memory, gpu=gpu)(lambda: None).__fiberexec_meta__  # type: ignore[attr-defined]
+        given = getattr(self.run if target is None else target, "__fiberexec_meta__", (None, None, None))
+        self._size = tuple(default if value is None else value for value, default in zip(asked, given))
 
     def _Popen(self, process_obj: Process) -> Popen:
         from fiberexec.mp import _jobs, _popen
