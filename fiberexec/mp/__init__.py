@@ -26,7 +26,7 @@ _MODULES = (
 _STANDARD = ("dummy", "reduction", "resource_sharer", "resource_tracker", "util")
 SUBDEBUG = 5  # levels of get_logger()
 SUBWARNING = 25
-__all__ = [*_METHODS, *_CLASSES]  # noqa: PLE0604  one list of names, not two
+__all__ = [*_METHODS, *_CLASSES]
 
 
 def __getattr__(name: str) -> Any:

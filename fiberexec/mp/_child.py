@@ -5,14 +5,13 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import sys
 import traceback
-from multiprocessing import process, util
+from multiprocessing import process
 from typing import Any, NoReturn
 
 from fiberexec import _worker
 from fiberexec._serialize import loads
-from fiberexec.mp.context import default_context
+from fiberexec.mp.context import default_context, util
 
 
 def prepare(told: dict[str, Any]) -> None:

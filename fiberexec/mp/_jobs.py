@@ -35,7 +35,8 @@ from fiberexec.backends import registry
 from fiberexec.backends.base import Backend, Ended, Exit, Pool, Refused, Started
 
 MAX_PROCESSES = 4096  # at once, of one size
-PRELOAD = ("fiberexec.mp._child", "fiberexec._output", "fiberexec._serialize._functions")  # what a backend that forks may load once for all processes
+# What a backend that forks may load once for all processes.
+PRELOAD = ("fiberexec.mp._child", "fiberexec._output", "fiberexec._serialize._functions")
 Task = Callable[[str | None], tuple[bytes, list[Buffer]]]  # the TASKS frame, given the devices that the job has
 
 

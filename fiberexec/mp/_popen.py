@@ -7,9 +7,7 @@ import os
 import select
 import signal
 import sys
-from multiprocessing import context as standard
-from multiprocessing import process, util
-from time import monotonic
+from multiprocessing import process
 from typing import TYPE_CHECKING, Any
 
 from fiberexec import _config
@@ -17,6 +15,7 @@ from fiberexec import _messages as messages
 from fiberexec._serialize import dumps, dumps_call
 from fiberexec._stream import Buffer
 from fiberexec.mp import _child, _jobs
+from fiberexec.mp.context import standard, util
 
 if TYPE_CHECKING:
     from fiberexec.mp.process import Process
@@ -34,11 +33,11 @@ class Popen:
     def __init__(self, process_obj: Process, size: _jobs.Size, method: str | None) -> None:
         util._flush_std_streams()
         self.returncode: int | None = None
-        standard.set_spawning_popen(self)  # type: ignore[attr-defined]
+        standard.set_spawning_popen(self)
         try:
             data, buffers = dumps(process_obj)
         finally:
-            standard.set_spawning_popen(None)  # type: ignore[attr-defined]
+            standard.set_spawning_popen(None)
         call = dumps_call((data, *buffers), {})
         self._job = job = _jobs.Job(size, _setup(method), lambda devices: _task(*call, devices))
         self.sentinel = job.sentinel
@@ -108,9 +107,7 @@ def _setup(method: str | None) -> tuple[bytes, list[Buffer]]:
     told = {
         "authkey": bytes(process.current_process().authkey),
         "environ": {
-            name: os.environ.get(name)
-            for name in {*os.environ, *_environ}
-            if os.environ.get(name) != _environ.get(name)
+            name: os.environ.get(name) for name in {*os.environ, *_environ} if os.environ.get(name) != _environ.get(name)
         },
         "interruptible": signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,
         "log_level": util._logger and util._logger.getEffectiveLevel(),

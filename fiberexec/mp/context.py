@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
+import multiprocessing.util
 from collections.abc import Callable, Iterable
-from multiprocessing.context import (
-    AuthenticationError,
-    BaseContext,
-    BufferTooShort,
-    ProcessError,
-    TimeoutError,
-)
+from multiprocessing.context import AuthenticationError, BaseContext, BufferTooShort, ProcessError, TimeoutError
 from typing import Any
 
 from fiberexec.mp.process import Process
@@ -24,6 +20,8 @@ __all__ = [
     "TimeoutError",
     "default_context",
 ]
+standard: Any = multiprocessing.context  # what it has is not all declared
+util: Any = multiprocessing.util
 # multiprocessing's own names: each stands for the backend of the settings, and a child starts as clean as a spawned one.
 METHODS = ("spawn", "fork", "forkserver")
 
@@ -44,11 +42,11 @@ class FiberContext(BaseContext):
     def __reduce__(self) -> Any:
         return get_context, (self._name,)
 
-    def get_context(self, method: str | None = None) -> FiberContext:
+    def get_context(self, method: str | None = None) -> FiberContext:  # type: ignore[override]
         """The context of a start method; this one for None. Raises ValueError for one that there is not."""
         return self if method is None else get_context(method)
 
-    def get_start_method(self, allow_none: bool = False) -> str | None:
+    def get_start_method(self, allow_none: bool = False) -> str | None:  # type: ignore[override]
         """The name that this context was asked for by."""
         return self._name
 
@@ -180,7 +178,7 @@ class DefaultContext(FiberContext):
     def __reduce__(self) -> Any:
         return "default_context"
 
-    def get_context(self, method: str | None = None) -> FiberContext:
+    def get_context(self, method: str | None = None) -> FiberContext:  # type: ignore[override]
         """The context of a start method; for None the one that is set, "spawn" if none is."""
         if method is not None:
             return get_context(method)
@@ -197,7 +195,7 @@ class DefaultContext(FiberContext):
             raise RuntimeError("context has already been set")
         self._actual = None if method is None and force else self.get_context(method)
 
-    def get_start_method(self, allow_none: bool = False) -> str | None:
+    def get_start_method(self, allow_none: bool = False) -> str | None:  # type: ignore[override]
         """The name of the start method that is set; if none is, None when that is allowed, and otherwise "spawn"."""
         if self._actual is None and allow_none:
             return None

@@ -17,7 +17,7 @@ class Process(BaseProcess):
 
     - ``cpu`` (cores), ``memory`` (MiB, or "4Gi"), ``gpu`` (devices): what the process needs. By default what `@meta` says of
       the target, then what the settings say. Raises ConfigError for values that make no sense, here or in ``start()``.
-    - ``host``, ``job_id``, ``lost``: where it runs, what the backend calls it, and why it ended, if that was not its own doing.
+    - ``host``, ``job_id``, ``lost``: where it runs, what the backend calls it, why it ended if that was not its own doing.
 
     ``target``, arguments and subclasses may be lambdas, closures and from ``__main__``, which is not run again.
     """
@@ -32,7 +32,7 @@ class Process(BaseProcess):
         target: Callable[..., object] | None = None,
         name: str | None = None,
         args: Iterable[Any] = (),
-        kwargs: Mapping[str, Any] = {},  # noqa: B006  as multiprocessing's; it is copied
+        kwargs: Mapping[str, Any] = {},  # as multiprocessing's; it is copied
         *,
         daemon: bool | None = None,
         cpu: float | str | None = None,
@@ -52,7 +52,7 @@ class Process(BaseProcess):
         from fiberexec.mp import _jobs, _popen
         from fiberexec.mp.context import backend_of, default_context
 
-        method = self._method or default_context.get_start_method()
+        method = self._method or default_context.get_context()._name
         return _popen.Popen(self, _jobs.Size(backend_of(method), *self._size), method)
 
     @staticmethod
