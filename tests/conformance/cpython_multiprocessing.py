@@ -64,12 +64,6 @@ def replacement(name: str, globals: Any = None, locals: Any = None, fromlist: An
     return module if dot and fromlist else exchanged("")
 
 
-def get_start_method(allow_none: bool = False) -> Any:
-    """The tests compare with "spawn": whatever holds for that holds for a backend."""
-    method = importlib.import_module("fiberexec.mp").get_start_method(allow_none)
-    return "spawn" if method == "local" else method
-
-
 class Programs(ast.NodeTransformer):
     """Exchanges the imports in the programs that the tests give to another interpreter, which knows no PYTHONPATH."""
 
@@ -97,7 +91,6 @@ def run_source() -> None:
     if not STANDARD:
         tree = Programs().visit(tree)
         namespace["__builtins__"] = {**vars(builtins), "__import__": replacement}
-        exchanged("").get_start_method = get_start_method
     namespace["__file__"] = spec.origin  # beside it are programs that the tests start
     exec(compile(tree, spec.origin, "exec", dont_inherit=True), namespace)
 
@@ -105,5 +98,5 @@ def run_source() -> None:
 namespace = globals()
 run_source()
 CASES: dict[str, Any] = {"__name__": __name__}
-namespace["install_tests_in_module_dict"](CASES, "spawn" if STANDARD else "local")
+namespace["install_tests_in_module_dict"](CASES, "spawn")
 namespace.update(CASES)  # children find them by name
