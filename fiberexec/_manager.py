@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import selectors
 import signal
 import threading
 import time
@@ -31,6 +30,7 @@ from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._states import DELAYED, DONE, QUEUED
 from fiberexec._stream import Stream
+from fiberexec._waiting import BACKEND, Waiting
 from fiberexec._waker import Waker
 from fiberexec.backends import base
 
@@ -56,8 +56,7 @@ class Manager:
         self._deferred: deque[Any] = deque()  # actions for the manager's thread
         self.connections: dict[int, Connection] = {}
         self._ask_backend = False  # it has something to say
-        self._watched: set[int] = set()  # the backend's descriptors
-        self._selector: Any = None  # a selectors.BaseSelector while there is a thread
+        self._waiting: Any = None  # a Waiting while there is a thread
         self._refused = 0  # launches in a row
         self._thread: threading.Thread | None = None
         self._waker = Waker()
@@ -70,6 +69,7 @@ class Manager:
         self._ids = 1
         self.ended = False
         self.forked_from = 0  # the parent's pid, in a forked child
+        self.waits_at_exit = True  # the interpreter ends when every task has its outcome
         _lifetime.register(self)
 
     # -- called by any thread
@@ -90,7 +90,7 @@ class Manager:
             raise _outcomes.broken(broken)
         if self.scheduler.closing or self._abandoned:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if _lifetime.exiting:
+        if _lifetime.exiting and self.waits_at_exit:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     def submit(self, tasks: list[Task]) -> None:
@@ -170,14 +170,14 @@ class Manager:
 
     def _start(self) -> None:
         if self._thread is None:
-            selector = selectors.DefaultSelector()
+            waiting = Waiting()
             try:
-                selector.register(self._waker.open(), selectors.EVENT_READ, self._waker)
-                self._selector = selector
+                waiting.add(self._waker.open(), self._waker)
+                self._waiting = waiting
                 thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
                 thread.start()
             except BaseException:  # no more descriptors or threads: the next submit() may find some
-                selector.close()
+                waiting.close()
                 self._waker.close()
                 raise
             self._thread = thread
@@ -238,23 +238,22 @@ class Manager:
         for connection in self.connections.values():
             connection.stream.close()
         self.connections.clear()
-        self._selector.close()
+        self._waiting.close()
         self._waker.close()
 
     def _turn(self) -> None:
         """Wait, read everything that is there, let the scheduler decide, act."""
         events: list[Any] = []
-        for key, mask in self._selector.select(self._timeout()):
-            connection = key.data
-            if isinstance(connection, Connection):
-                if mask & selectors.EVENT_WRITE:
-                    self._watch(connection, not connection.write())
-                if mask & selectors.EVENT_READ:
-                    self._read(connection, events)
-            elif connection is self._waker:
+        for owner, readable, writable in self._waiting.wait(self._timeout()):
+            if owner is self._waker:
                 self._waker.clear()
-            else:
+            elif owner is BACKEND:
                 self._ask_backend = True
+            else:
+                if writable:
+                    self._ask_for_room(owner, not owner.write())
+                if readable:
+                    self._read(owner, events)
         due = self.backend.wakeup()
         if self._ask_backend or (due is not None and due <= time.monotonic()):
             self._ask_backend = False
@@ -272,7 +271,7 @@ class Manager:
             if type(event) is ev.WorkerEnded:
                 self._forget(event.worker)
         while self._full:
-            self._watch(self._full.popleft(), True)
+            self._ask_for_room(self._full.popleft(), True)
 
     def _timeout(self) -> float | None:
         if self._deferred or self._ask_backend:
@@ -291,7 +290,7 @@ class Manager:
         events += found
         self._deferred += logs
         if ended:
-            self._unwatch(connection)
+            self._waiting.remove(connection.stream)
             self.backend.signal(connection.worker, signal.SIGKILL, True)  # its end will be reported
 
     def _poll_backend(self, events: list[Any]) -> None:
@@ -303,9 +302,9 @@ class Manager:
                 event.connection.setblocking(False)
                 connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
                 self.connections[event.worker] = connection
-                self._selector.register(connection.stream, selectors.EVENT_READ, connection)
+                self._waiting.add(connection.stream, connection)
                 connection.outbox.append((messages.SETUP, *self._setup()))
-                self._watch(connection, not connection.write())
+                self._ask_for_room(connection, not connection.write())
                 events.append(ev.WorkerStarted(event.worker, event.job, event.pool))
             elif isinstance(event, base.Refused):
                 if not refused:
@@ -324,37 +323,16 @@ class Manager:
                     events += found
                     self._deferred += logs
                 events.append(ev.WorkerEnded(event.worker, event.running, event.exit))
-        self._follow_backend()
-
-    def _follow_backend(self) -> None:
-        wanted = set(self.backend.fds())
-        for fd in self._watched - wanted:
-            try:
-                self._selector.unregister(fd)
-            except (KeyError, ValueError):
-                pass
-        for fd in wanted - self._watched:
-            self._selector.register(fd, selectors.EVENT_READ, "backend")
-        self._watched = wanted
+        self._waiting.follow(self.backend.fds())
 
     def _forget(self, worker: int) -> None:
         connection = self.connections.pop(worker, None)
         if connection is not None:
-            self._unwatch(connection)
+            self._waiting.remove(connection.stream)
             connection.stream.close()
 
-    def _watch(self, connection: Connection, waiting: bool) -> None:
-        try:
-            mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if waiting else 0)
-            self._selector.modify(connection.stream, mask, connection)
-        except (KeyError, ValueError):
-            pass  # it has ended meanwhile
-
-    def _unwatch(self, connection: Connection) -> None:
-        try:
-            self._selector.unregister(connection.stream)
-        except (KeyError, ValueError):
-            pass
+    def _ask_for_room(self, connection: Connection, wanted: bool) -> None:
+        self._waiting.ask_for_room(connection.stream, connection, wanted)
 
     # -- actions
 
@@ -426,7 +404,7 @@ class Manager:
         self.backend.forked()
         for connection in self.connections.values():
             connection.stream.close()
-        if self._selector is not None:
-            self._selector.close()
+        if self._waiting is not None:
+            self._waiting.close()
         self._waker.forked()
         _lifetime.abandon_sinks(self, _outcomes.forked(parent), forked=True)

@@ -34,6 +34,7 @@ LAYERS = [
         "fiberexec._lifetime",
         "fiberexec._outcomes",
         "fiberexec._retry",
+        "fiberexec._waiting",
         "fiberexec._waker",
     },
     {"fiberexec.backends", "fiberexec._hub", "fiberexec._agent", "fiberexec._link"},
