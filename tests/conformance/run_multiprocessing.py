@@ -37,6 +37,8 @@ HERE = Path(__file__).parent
 # case, or class, or class.case: why it does not apply.
 EXCLUDED: dict[str, str] = {}
 
+NOT_CLEAN = 3  # exit code: what comes before or after the cases went wrong
+
 
 class Outcome(NamedTuple):
     case: str
@@ -69,18 +71,19 @@ def run(left: list[str], *, spawn: bool = False, limit: float = 60.0) -> list[Ou
     """The outcomes of these cases (class.case) of one class. It ends, whatever they do."""
     outcomes = []
     while left:
-        done, log = attempt(left, spawn, limit)
+        done, code, log = attempt(left, spawn, limit)
         outcomes += done
         left = left[len(done) :]
+        if code == NOT_CLEAN:
+            name = f"{(left or [done[-1].case])[0].partition('.')[0]}.{'setUp' if left else 'tearDown'}"
+            return [*outcomes, Outcome(name, "failed", text=log)]
         if left:
             outcomes.append(Outcome(left.pop(0), "ended", text=log))
-        elif log:
-            outcomes.append(Outcome(f"{outcomes[0].case.partition('.')[0]}.end", "failed", text=log))
     return outcomes
 
 
-def attempt(names: list[str], spawn: bool, limit: float) -> tuple[list[Outcome], str]:
-    """The outcomes up to the first case that hangs or ends the process, and what was printed if something went wrong."""
+def attempt(names: list[str], spawn: bool, limit: float) -> tuple[list[Outcome], int | None, str]:
+    """The outcomes up to the first case that hangs or ends the process, the exit code, and what was printed."""
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+b") as log:
         call = command("--inside", f"{folder}/report", "--limit", str(limit), *names, spawn=spawn)
         process = subprocess.Popen(**call, stdout=log, stderr=log, start_new_session=True)
@@ -95,7 +98,7 @@ def attempt(names: list[str], spawn: bool, limit: float) -> tuple[list[Outcome],
             outcomes = [Outcome(*json.loads(line)) for line in report]
         log.seek(0)
         text = log.read().decode(errors="replace")[-8000:]
-    return outcomes, text + f"\nexit code {code}" if code else ""
+    return outcomes, code, f"{text}\nexit code {code}"
 
 
 class Report(unittest.TestResult):
@@ -138,6 +141,13 @@ class Report(unittest.TestResult):
             self._fail(test, error)
 
 
+def start_what_stays() -> None:
+    """The one thread that starts processes stays, as multiprocessing's resource tracker does: no test is to blame."""
+    process = importlib.import_module("fiberexec.mp").Process()
+    process.start()
+    process.join()
+
+
 def inside(target: str, names: list[str], limit: float) -> int:
     """In a process of its own: run these cases, or list all."""
     module = importlib.import_module("cpython_multiprocessing")
@@ -149,6 +159,8 @@ def inside(target: str, names: list[str], limit: float) -> int:
         known = {name: loader.getTestCaseNames(cls) for name, cls in sorted(classes.items())}
         json.dump({name: [f"{name}.{case}" for case in found] for name, found in known.items() if found}, sys.stdout)
         return 0
+    if not module.STANDARD:
+        start_what_stays()
     support = importlib.import_module("test.support")
     support.verbose = False
     report = Report(target, limit)
@@ -158,7 +170,7 @@ def inside(target: str, names: list[str], limit: float) -> int:
     if altered:
         print("a process, a thread or an object of a manager is left", file=sys.stderr)
     wrong = any(not isinstance(test, unittest.TestCase) for test, _ in report.errors)
-    return 3 if altered or wrong else 0
+    return NOT_CLEAN if altered or wrong else 0
 
 
 def main() -> int:
