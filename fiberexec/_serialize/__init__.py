@@ -7,7 +7,7 @@ it needs more.
 
 from __future__ import annotations
 
-from ._fast import PLAIN, Buffer, PicklingError, dumps, dumps_call, dumps_plain, dumps_result, is_plain, loads
+from ._fast import PLAIN, Buffer, PicklingError, dumps, dumps_call, dumps_pieces, dumps_plain, dumps_result, is_plain, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "dump_exception",
     "dumps",
     "dumps_call",
+    "dumps_pieces",
     "dumps_plain",
     "dumps_result",
     "is_plain",

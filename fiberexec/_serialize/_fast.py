@@ -24,6 +24,9 @@ LARGE = 64 * 1024  # bytes: a top-level `bytes` of this size travels without a c
 _SMALL: frozenset[type] = frozenset([int, float, complex, bool, type(None), str, type(Ellipsis), type(NotImplemented)])
 PLAIN: frozenset[type] = _SMALL | {bytes}
 
+_FLAT: frozenset[type] = frozenset([tuple, list, dict, bytes])
+_FEW = 1000  # elements: to look at more of them costs more than the pickler that it saves
+
 _only_small = _SMALL.issuperset
 _only_plain = PLAIN.issuperset
 _plain_dumps = pickle.dumps
@@ -106,6 +109,26 @@ def dumps_result(value: Any) -> tuple[bytes, list[Buffer]]:
     if (kind is bytes or kind is bytearray) and len(value) >= LARGE:
         value = pickle.PickleBuffer(value)
     return _dump(value, "result")
+
+
+def dumps_pieces(obj: Any) -> list[Buffer]:
+    """Pickle `obj` into one stream, given as the pieces to be sent one after the other: large data is among
+    them uncopied. Raises `PicklingError`."""
+    kind = type(obj)
+    if kind in _SMALL or (kind in _FLAT and (kind is bytes or len(obj) <= _FEW) and _is_flat(obj)):
+        return [_plain_dumps(obj, PROTOCOL)]
+    return _dump_pieces(obj)
+
+
+def _first_pieces(root: Any) -> list[Buffer]:
+    global _dump_pieces
+    from ._pickler import dump_pieces
+
+    _dump_pieces = dump_pieces
+    return dump_pieces(root)
+
+
+_dump_pieces: Callable[[Any], list[Buffer]] = _first_pieces
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:

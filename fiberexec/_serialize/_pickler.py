@@ -83,6 +83,23 @@ def dump(root: Any, what: str = "object", in_band: bool = False) -> tuple[bytes,
     return file.getvalue(), buffers
 
 
+class _Pieces:
+    """A file that keeps what the pickler writes as it comes: large data is handed to it as it is."""
+
+    def __init__(self, pieces: list[Any]) -> None:
+        self.write = pieces.append
+
+
+def dump_pieces(root: Any) -> list[Buffer]:
+    """Pickle `root` into one stream without buffers: its pieces, in their order."""
+    pieces: list[Any] = []
+    try:
+        Pickler(_Pieces(pieces), PROTOCOL).dump(root)
+    except (Exception, SystemExit, GeneratorExit) as error:
+        return [_second_attempt(root, "object", True, error)[0]]
+    return [piece.raw() if type(piece) is pickle.PickleBuffer else piece for piece in pieces]
+
+
 def _second_attempt(root: Any, what: str, in_band: bool, error: BaseException) -> tuple[bytes, list[Buffer]]:
     refused = isinstance(error, (TypeError, pickle.PicklingError, AttributeError))
     if refused and not isinstance(error, PicklingError):

@@ -1,0 +1,208 @@
+"""Pipes and connections: multiprocessing's, with fiberexec's pickling, and picklable at any time.
+
+A message on the wire is multiprocessing's: its length, then one stream of bytes. So an end may talk to a program that
+uses multiprocessing, and ``send`` may meet ``recv_bytes``. What is large is neither joined before it is sent nor
+gathered before it is unpickled: the pickler's pieces go to the kernel as they are, and the unpickler reads from it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import socket
+import struct
+from multiprocessing import BufferTooShort
+from multiprocessing import connection as _standard
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fiberexec._serialize import dumps_pieces, loads
+
+__all__ = ["Client", "Connection", "ConnectionLost", "Listener", "Pipe", "wait"]
+
+_SHORT = struct.Struct("!i")
+_LONG = struct.Struct("!Q")
+_SHORT_MAX = (1 << 31) - 1
+_LARGE = 1 << 16  # bytes: from here on a message is not copied together, nor read whole before it is unpickled
+_IOV = 512  # below every platform's IOV_MAX
+_CAPACITY = 1 << 20  # bytes that the kernel may keep of what is under way, if it allows that
+
+
+class ConnectionLost(EOFError, ConnectionResetError):
+    """The other end of a connection has gone half-way through a message, or without reading what was sent to it."""
+
+
+class _Message(io.RawIOBase):
+    """What has not been read yet of one message, as a file."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd = fd
+        self._left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._left:
+            return 0
+        try:
+            got = os.readv(self._fd, [memoryview(buffer)[: self._left]])
+        except ConnectionResetError:
+            got = 0
+        self._left = self._left - got if got else 0
+        if not got:
+            raise ConnectionLost("the other end of the connection has gone in the middle of a message")
+        return got
+
+    def skip(self) -> None:
+        """Read the rest, so that the next message can be."""
+        while self._left:
+            self.readinto(bytearray(_LARGE))
+
+
+class Connection(_standard.Connection):
+    """One end of a pipe or a socket: ``multiprocessing.connection.Connection``, with fiberexec's pickling.
+
+    It can be pickled at any time and arrives as the same end, so what one process receives no other does. ``EOFError``
+    says that no process holds the other end any more.
+    """
+
+    _handle: int
+    if TYPE_CHECKING:  # what the base class has
+
+        def _check_closed(self) -> None: ...
+        def _check_readable(self) -> None: ...
+        def _check_writable(self) -> None: ...
+        def _bad_message_length(self) -> NoReturn: ...
+
+    def send(self, obj: Any) -> None:
+        """Send an object. Raises ``PicklingError``, and ``OSError`` when the other end has gone."""
+        self._check_closed()
+        self._check_writable()
+        self._send_pieces(dumps_pieces(obj))
+
+    def recv(self) -> Any:
+        """Wait for an object. Raises ``EOFError`` when the other end has gone."""
+        self._check_closed()
+        self._check_readable()
+        size = self._recv_size()
+        if size < _LARGE:
+            return loads(self._recv_exactly(size))
+        message = _Message(self._handle, size)
+        try:
+            return pickle.Unpickler(io.BufferedReader(message, _LARGE)).load()
+        finally:
+            message.skip()
+
+    def recv_bytes(self, maxlength: int | None = None) -> bytes:
+        """Wait for one message of bytes. Raises ``EOFError``; ``OSError`` when it is longer than ``maxlength``."""
+        self._check_closed()
+        self._check_readable()
+        if maxlength is not None and maxlength < 0:
+            raise ValueError("negative maxlength")
+        size = self._recv_size()
+        if maxlength is not None and size > maxlength:
+            self._bad_message_length()
+        return self._recv_exactly(size)
+
+    def recv_bytes_into(self, buf: Any, offset: int = 0) -> int:
+        """Wait for one message of bytes, write it into ``buf`` from byte ``offset`` on and return its length.
+
+        Raises ``EOFError``; ``BufferTooShort``, which carries the message, when it does not fit.
+        """
+        self._check_closed()
+        self._check_readable()
+        with memoryview(buf) as view, view.cast("B") as target:
+            if offset < 0:
+                raise ValueError("negative offset")
+            if offset > len(target):
+                raise ValueError("offset too large")
+            size = self._recv_size()
+            if size > len(target) - offset:
+                raise BufferTooShort(self._recv_exactly(size))
+            message = _Message(self._handle, size)
+            end = offset + size
+            while offset < end:
+                offset += message.readinto(target[offset:end])
+            return size
+
+    def _recv_size(self) -> int:
+        """Wait for a message: its length in bytes."""
+        try:
+            head = os.read(self._handle, 4)
+        except ConnectionResetError:
+            raise ConnectionLost("the other end of the connection has gone without reading all messages") from None
+        if not head:
+            raise EOFError
+        if len(head) < 4:
+            head += self._recv_exactly(4 - len(head))
+        size: int = _SHORT.unpack(head)[0]
+        if size == -1:
+            size = _LONG.unpack(self._recv_exactly(8))[0]
+        if size < 0:
+            self._bad_message_length()
+        return size
+
+    def _recv_exactly(self, size: int) -> bytes:
+        start = b""
+        if size < _LARGE:
+            try:
+                start = os.read(self._handle, size)
+            except ConnectionResetError:
+                pass  # said below
+            if len(start) == size:
+                return start
+        message = _Message(self._handle, size - len(start))
+        return start + io.BufferedReader(message, _LARGE).read(size - len(start))
+
+    def _send_bytes(self, buf: memoryview) -> None:
+        self._send_pieces([buf])
+
+    def _send_pieces(self, pieces: list[Any]) -> None:
+        """Send one message."""
+        size = sum(map(len, pieces))
+        head = _SHORT.pack(size) if size <= _SHORT_MAX else _SHORT.pack(-1) + _LONG.pack(size)
+        pieces = [head, *pieces] if size >= _LARGE else [b"".join([head, *pieces])]
+        first = 0
+        while first < len(pieces):
+            sent = os.writev(self._handle, pieces[first : first + _IOV])
+            while first < len(pieces) and sent >= len(pieces[first]):
+                sent -= len(pieces[first])
+                first += 1
+            if sent:
+                pieces[first] = memoryview(pieces[first])[sent:]
+
+
+def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
+    """Two connected ends; unless ``duplex``, the first only receives and the second only sends."""
+    if duplex:
+        one, other = socket.socketpair()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
+        return Connection(one.detach()), Connection(other.detach())
+    reader, writer = os.pipe()
+    return Connection(reader, writable=False), Connection(writer, readable=False)
+
+
+def _adopt(plain: Any) -> Connection:
+    """A standard connection as one of ours."""
+    fd, plain._handle = plain._handle, None
+    return Connection(fd, plain.readable, plain.writable)
+
+
+class Listener(_standard.Listener):
+    """``multiprocessing.connection.Listener``, whose connections are fiberexec's."""
+
+    def accept(self) -> Connection:
+        """Wait for a client, as the standard's; raises ``AuthenticationError`` for one without the key."""
+        return _adopt(super().accept())
+
+
+def Client(address: Any, family: str | None = None, authkey: bytes | None = None) -> Connection:
+    """Connect to a ``Listener``, this module's or multiprocessing's."""
+    return _adopt(_standard.Client(address, family, authkey))
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_standard, name)
