@@ -135,20 +135,17 @@ class FiberFuture(concurrent.futures.Future[T]):
         self.fail(None, error)
 
 
-class MapResults:
-    """The results of one map(), stored in segments until the consumer reaches them."""
+class ItemSink:
+    """A sink for many items: each outcome, and what cannot even be sent, comes to put()."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager: Manager | None = manager  # as of a FiberFuture that is not done
-        self._groups: deque[tuple[int, int]] = deque()  # the ids that are to come, in order: first, one past the last
-        self._segments: dict[int, tuple[int, Any]] = {}  # by the first item's id: number of items, Outcome or exception
-        self._arrived = threading.Condition()  # guards _segments and _wanted
-        self._wanted = 0
-        self._lost: BaseException | None = None  # no more will come
+    _manager: Manager | None  # as of a FiberFuture that is not done
 
     def expect(self, first: int, count: int) -> None:
         """The next ``count`` items have the ids from ``first`` on."""
-        self._groups.append((first, first + count))
+
+    def put(self, first: int, count: int, what: Any) -> None:
+        """Take what became of ``count`` items, see values_of(). Any thread may call."""
+        raise NotImplementedError
 
     def deliver(self, task: Task, outcome: Outcome) -> None:
         self.put(task.id + task.start, task.stop - task.start, outcome)
@@ -156,16 +153,40 @@ class MapResults:
     def settle(self, task: Task, value: Any, error: BaseException | None) -> None:
         self.put(task.id + task.start, 1, error if error is not None else _Value(value))
 
-    def fail(self, task: Task, error: BaseException | None) -> None:
+    def fail(self, task: Task | None, error: BaseException | None) -> None:
         what = error if error is not None else concurrent.futures.CancelledError()
-        self.put(task.id + task.start, task.stop - task.start, what)
+        if task is None:  # a call that could not be sent
+            self.put(0, 1, what)
+        else:
+            self.put(task.id + task.start, task.stop - task.start, what)
 
     def forked(self) -> None:
         """As FiberFuture.forked()."""
-        self._arrived = threading.Condition()
+        raise NotImplementedError
 
     def abandon(self, error: BaseException) -> None:
         """As FiberFuture.abandon()."""
+        raise NotImplementedError
+
+
+class MapResults(ItemSink):
+    """The results of one map(), stored in segments until the consumer reaches them."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+        self._groups: deque[tuple[int, int]] = deque()  # the ids that are to come, in order: first, one past the last
+        self._segments: dict[int, tuple[int, Any]] = {}  # by the first item's id: number of items, Outcome or exception
+        self._arrived = threading.Condition()  # guards _segments and _wanted
+        self._wanted = 0
+        self._lost: BaseException | None = None  # no more will come
+
+    def expect(self, first: int, count: int) -> None:
+        self._groups.append((first, first + count))
+
+    def forked(self) -> None:
+        self._arrived = threading.Condition()
+
+    def abandon(self, error: BaseException) -> None:
         with self._arrived:
             self._lost = error
             self._arrived.notify_all()
@@ -191,20 +212,12 @@ class MapResults:
             count, what = self._segments.pop(first)
         if first + count < end:
             self._groups.appendleft((first + count, end))
-        if isinstance(what, BaseException):
-            try:
-                raise what
-            finally:
-                del what  # no cycle between the exception's traceback and this frame
-        if isinstance(what, _Value):
-            return [what.value]
-        value, error = load_outcome(what)
+        values, error = values_of(what)
         if error is not None:
             try:
                 raise error
             finally:
-                del error
-        values: list[Any] = value if what[0] == messages.VALUES else [value]
+                del error, what  # no cycle between the exception's traceback and this frame
         return values
 
 
@@ -215,3 +228,15 @@ class _Value:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def values_of(what: Outcome | BaseException | _Value) -> tuple[list[Any], BaseException | None]:
+    """What ItemSink.put() is given, as (values, None) or ([], exception)."""
+    if isinstance(what, BaseException):
+        return [], what
+    if isinstance(what, _Value):
+        return [what.value], None
+    value, error = load_outcome(what)
+    if error is not None:
+        return [], error
+    return value if what[0] == messages.VALUES else [value], None

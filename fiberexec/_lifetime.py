@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from fiberexec._futures import FiberFuture, MapResults
+from fiberexec._futures import FiberFuture, ItemSink
 
 if TYPE_CHECKING:
     from fiberexec._manager import Manager
@@ -26,19 +26,22 @@ def register(manager: Manager) -> None:
 def abandon_sinks(manager: Manager, reason: BaseException, *, forked: bool) -> None:
     """End whatever still waits for a manager, wherever it is: none of its tables can be trusted any more."""
     for sink in gc.get_objects():
-        if isinstance(sink, (FiberFuture, MapResults)) and sink._manager is manager:
+        if isinstance(sink, (FiberFuture, ItemSink)) and sink._manager is manager:
             if forked:
                 sink.forked()
             sink.abandon(reason)
 
 
 def _at_exit() -> None:
-    """Let every executor finish what it was given, as the standard's do when the interpreter ends."""
+    """Let every executor finish what it was given, as the standard's do when the interpreter ends.
+
+    A manager whose owner ends it later (``waits_at_exit`` is false) is left alone.
+    """
     global exiting
     exiting = True
     # What ends a program; at a prompt it may have been typed long ago.
     interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1")
-    for manager in list(_managers):
+    for manager in [manager for manager in _managers if manager.waits_at_exit]:
         if interrupted:
             manager.terminate_all()
         manager.close(wait=True)

@@ -13,7 +13,7 @@ from typing import Any
 from fiberexec import _messages as messages
 from fiberexec import _retry
 from fiberexec._connection import Payload
-from fiberexec._futures import MapResults
+from fiberexec._futures import ItemSink, MapResults
 from fiberexec._manager import Manager
 from fiberexec._scheduler import Profile, Task
 from fiberexec._serialize import FunctionRef, dumps_call, dumps_plain, is_plain
@@ -25,47 +25,83 @@ GROUP_BYTES = 1 << 16  # bytes about, at most, in one payload
 _FIRST = 16  # items in the first group, before anything is known of their size
 
 
-class _Mapping:
-    """One map(): takes items, submits groups."""
+class Mapping:
+    """One map(): takes items from their source, and sends them in groups.
+
+    ``single``: an item is the function's only argument; otherwise it is a tuple of all of them. ``first``: the id of the
+    first item, where the ids of all have been reserved.
+    """
 
     def __init__(
-        self, manager: Manager, fn: Callable[..., Any], ref: FunctionRef, profile: Profile, columns: tuple[Iterable[Any], ...]
+        self,
+        manager: Manager,
+        fn: Callable[..., Any],
+        ref: FunctionRef,
+        profile: Profile,
+        source: Iterator[Any],
+        single: bool,
+        results: ItemSink,
+        first: int | None = None,
     ) -> None:
         self._manager = manager
         self._fn = fn
         self._ref = ref
         self._profile = profile
-        self._single = len(columns) == 1
-        self._source = iter(columns[0]) if self._single else zip(*columns)
+        self._source = source
+        self._single = single
+        self._results = results
+        self._next_id = first
         self._largest = _FIRST
-        self.results = MapResults(manager)
         self.taken = 0  # items
+        self.size = 0  # bytes that they were pickled to
 
     def submit(self, limit: int) -> bool:
-        """Take and submit up to ``limit`` items as one group. False when the source has no more."""
+        """Take and send up to ``limit`` items as one group. False when the source has no more."""
+        items = self.take(limit)
+        if items:
+            self.send(items)
+        return bool(items)
+
+    def take(self, limit: int) -> list[Any]:
+        """The next items, ``limit`` at most; none when the source has no more. Raises what the source raises."""
         items = list(islice(self._source, min(limit, self._largest)))
-        if not items:
-            return False
-        first = self._manager.new_ids(len(items))
-        self.results.expect(first, len(items))
         self.taken += len(items)
+        return items
+
+    def send(self, items: list[Any]) -> None:
+        """Submit what take() returned. Raises RuntimeError when the manager takes no more tasks."""
+        first = self._next_id
+        if first is None:
+            first = self._manager.new_ids(len(items))
+        else:
+            self._next_id = first + len(items)
+        self._results.expect(first, len(items))
         if self._profile.retry is not None:
             tasks = self._singly(first, items)
         else:
             tasks = self._plain(first, items) or self._pickled(first, items)
-        if tasks:
+        self.size += sum(task.payload.size for task in tasks)
+        if not tasks:
+            return
+        try:
             self._manager.submit(tasks)
-        return True
-
-    def cancel(self) -> None:
-        self._manager.drop(self.results)
+        except Exception as error:  # it has taken none of them
+            for task in tasks:
+                self._results.put(task.id, task.count, error)
+            raise
 
     def _task(self, first: int, count: int, kind: int, data: bytes, buffers: Sequence[Any] = ()) -> Task:
-        return Task(first, self._profile, Payload(self._ref, kind, data, buffers), self.results, 0, count)
+        return Task(first, self._profile, Payload(self._ref, kind, data, buffers), self._results, 0, count)
 
     def _plain(self, first: int, items: list[Any]) -> list[Task] | None:
-        columns = (items,) if self._single else tuple(map(list, zip(*items, strict=True)))
-        if not all(map(is_plain, columns)):
+        if self._single:
+            columns: tuple[list[Any], ...] = (items,)
+        else:
+            try:
+                columns = tuple(map(list, zip(*items, strict=True)))
+            except ValueError:  # starmap: not all have as many arguments
+                return None
+        if not columns or not all(map(is_plain, columns)):
             return None
         data = dumps_plain(columns)
         self._adapt(len(data), len(items))
@@ -89,7 +125,7 @@ class _Mapping:
                 data, buffers = dumps_call(args, {})
             except Exception as error:
                 close(identity)
-                self.results.put(identity, 1, error)
+                self._results.put(identity, 1, error)
                 continue
             total += len(data)
             if buffers or len(data) > GROUP_BYTES:
@@ -111,7 +147,7 @@ class _Mapping:
             try:
                 data, buffers = dumps_call(args, {})
             except Exception as error:
-                self.results.put(identity, 1, error)
+                self._results.put(identity, 1, error)
                 continue
             task = self._task(identity, 1, messages.CALL, data, buffers)
             task.retry_state = _retry.begin(self._profile.retry, self._fn, args, {})
@@ -135,10 +171,13 @@ def submit_map(
     buffersize: int | None,
 ) -> Iterator[Any]:
     """See ``FiberExecutor.map()``."""
-    mapping = _Mapping(manager, fn, ref, profile, columns)
-    group = chunksize or GROUP_LIMIT
     if not columns:
         return iter(())
+    results = MapResults(manager)
+    single = len(columns) == 1
+    source = iter(columns[0]) if single else zip(*columns)
+    mapping = Mapping(manager, fn, ref, profile, source, single, results)
+    group = chunksize or GROUP_LIMIT
     if buffersize is None:
         while mapping.submit(group):
             pass
@@ -146,11 +185,12 @@ def submit_map(
         group = min(group, max(1, buffersize // 4))
         while mapping.taken < buffersize and mapping.submit(min(group, buffersize - mapping.taken)):
             pass
-    return _results(mapping, deadline, group, buffersize)
+    return _results(manager, mapping, results, deadline, group, buffersize)
 
 
-def _results(mapping: _Mapping, deadline: float | None, group: int, buffersize: int | None) -> Iterator[Any]:
-    results = mapping.results
+def _results(
+    manager: Manager, mapping: Mapping, results: MapResults, deadline: float | None, group: int, buffersize: int | None
+) -> Iterator[Any]:
     handed = 0  # over to the consumer
     ahead = 0 if buffersize is None else buffersize - group
     more = buffersize is not None
@@ -168,4 +208,4 @@ def _results(mapping: _Mapping, deadline: float | None, group: int, buffersize: 
                     more = mapping.submit(group)
                 yield values.pop()
     finally:
-        mapping.cancel()
+        manager.drop(results)

@@ -62,20 +62,25 @@ class _Submitter(concurrent.futures.Executor):
         if not callable(fn):
             raise TypeError(f"the first argument of submit() must be callable, got {fn!r}")
         future: FiberFuture[T] = FiberFuture()
+        self._send(future, fn, args, kwargs)
+        return future
+
+    def _send(self, sink: Any, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Submit one call, its outcome to go to this sink."""
         try:
             ref = self._functions.lookup(fn)
             data, buffers = dumps_call(args, kwargs)
         except Exception as error:
-            future.set_exception(error)
-            return future
+            sink.fail(None, error)
+            return
+        manager = self._manager
         profile = self._profiles.of(fn, ref.id, ref.name)
-        task = Task(manager.new_ids(1), profile, Payload(ref, messages.CALL, data, buffers), future)
+        task = Task(manager.new_ids(1), profile, Payload(ref, messages.CALL, data, buffers), sink)
         if profile.retry is not None:
             task.retry_state = _retry.begin(profile.retry, fn, args, kwargs)
-        future._task = task
-        future._manager = manager
+        sink._task = task
+        sink._manager = manager
         manager.submit([task])
-        return future
 
     def map(
         self,
@@ -193,11 +198,12 @@ class FiberExecutor(_Submitter):
         self._max_workers = settings.max_workers or backend.default_workers
         if settings.min_workers > self._max_workers:
             raise ConfigError(f"min_workers={settings.min_workers} is more than max_workers={self._max_workers}")
+        patience = backend.idle_timeout if settings.idle_timeout is ... else settings.idle_timeout
         limits = Limits(
             max_workers=self._max_workers,
-            min_workers=settings.min_workers,
+            min_workers=self._least(settings.min_workers, patience),
             max_tasks_per_child=max_tasks_per_child,
-            idle_timeout=backend.idle_timeout if settings.idle_timeout is ... else settings.idle_timeout,
+            idle_timeout=patience,
             startup_timeout=settings.startup_timeout,
         )
         setup = _Setup(settings, initializer, initargs)
@@ -206,8 +212,12 @@ class FiberExecutor(_Submitter):
         self._profiles = Profiles(options, backend.largest)
         self._manager = manager = Manager(backend, limits, setup, delay)
         self._gone = weakref.ref(self, lambda _: manager.abandon())
-        if settings.min_workers:
+        if limits.min_workers:
             manager.tell(ev.Tick())  # starts them
+
+    def _least(self, min_workers: int, idle_timeout: float | None) -> int:
+        """How many workers start at once, and stay; for subclasses."""
+        return min_workers
 
     def options(
         self,
