@@ -209,6 +209,7 @@ class IMapIterator(ItemSink, Generic[T]):
 
     def put(self, first: int, count: int, what: Any) -> None:
         values, error = _load(what)
+        outcomes: list[tuple[Any, BaseException | None]]
         outcomes = [(value, None) for value in values] if error is None else [(None, error)] * count
         with self._arrived:
             self._open -= count

@@ -49,7 +49,7 @@ __all__ = [
 ]
 T = TypeVar("T")
 P = TypeVar("P", bound="Pool")
-I = TypeVar("I", bound=IMapIterator[Any])
+It = TypeVar("It", bound=IMapIterator[Any])
 INIT, RUN, CLOSE, TERMINATE = "INIT", "RUN", "CLOSE", "TERMINATE"
 AHEAD_ITEMS = 1 << 16  # items of an imap() that have been sent and have no outcome, at most,
 AHEAD_BYTES = 1 << 24  # and bytes of them; but always enough for every worker
@@ -293,8 +293,8 @@ class Pool:
         return result
 
     def _imap(
-        self, executor: _Workers, results: I, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int
-    ) -> I:
+        self, executor: _Workers, results: It, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int
+    ) -> It:
         step = _checked(chunksize)
         if step == 1 and isinstance(iterable, Sequence):
             step = _map.GROUP_LIMIT  # the next item is there already: nothing is gained by sending one before
