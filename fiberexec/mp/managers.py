@@ -1,0 +1,163 @@
+"""Managers: multiprocessing's, with fiberexec's processes and pickling.
+
+A manager's server runs in a process of its own, holds the objects and runs their methods; others hold proxies. Names,
+defaults and errors are multiprocessing's. Besides, proxies can be pickled at any time, what is registered may be a lambda
+or from ``__main__``, and a manager that has gone is `ManagerLost` for its callers at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.managers
+import multiprocessing.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.context import ProcessError
+from multiprocessing.managers import Namespace, RemoteError, Token
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fiberexec.mp._proxies import SERIALIZER, AutoProxy, BaseProxy, ManagerLost, Server, proxy_type, reaching, standard
+
+if TYPE_CHECKING:
+    from fiberexec.mp._asyncmanager import AsyncManager
+
+__all__ = [
+    "AsyncManager",
+    "BaseManager",
+    "BaseProxy",
+    "ManagerLost",
+    "Namespace",
+    "RemoteError",
+    "SharedMemoryManager",
+    "SyncManager",
+    "Token",
+]
+util: Any = multiprocessing.util
+
+
+class BaseManager(multiprocessing.managers.BaseManager):
+    """``multiprocessing.managers.BaseManager``, whose process is a job of the backend."""
+
+    _registry: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    _Server: ClassVar[type[Server]] = Server
+    _auto: ClassVar[Callable[..., Any]] = staticmethod(AutoProxy)
+    _authkey: bytes
+    _address: Any
+    _serializer: str
+    _state: Any
+    _ctx: Any
+    _Client: Any
+    _process: Any
+
+    def __init__(
+        self, address: Any = None, authkey: bytes | None = None, serializer: str = "pickle", ctx: Any = None, **options: Any
+    ) -> None:
+        """The arguments are multiprocessing's, of the Python that runs; "pickle" is fiberexec's pickling."""
+        if ctx is None:
+            from fiberexec.mp.context import default_context
+
+            ctx = default_context.get_context()
+        super().__init__(address, authkey, SERIALIZER if serializer == "pickle" else serializer, ctx, **options)
+
+    def get_server(self) -> Any:
+        """The server, to be run in this process; raises ProcessError for a manager that has been started."""
+        self._check_initial()
+        return self._Server(self._registry, self._address, self._authkey, self._serializer)
+
+    def start(self, initializer: Callable[..., object] | None = None, initargs: Iterable[Any] = ()) -> None:
+        """Start the manager's process, which first calls ``initializer(*initargs)``.
+
+        Raises ProcessError for a manager that has been started, ManagerLost when the process ends before it serves.
+        """
+        self._check_initial()
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        reader, writer = self._ctx.Pipe(duplex=False)
+        key = bytes(self._authkey)
+        args = (self._registry, self._address, key, self._serializer, writer, initializer, initargs)
+        process = self._process = self._ctx.Process(target=type(self)._run_server, args=args)  # type: ignore[attr-defined]
+        process.name = f"{type(self).__name__}-{':'.join(map(str, process._identity))}"
+        with reader:
+            with writer:
+                process.start()
+            try:
+                self._address = reader.recv()
+            except EOFError as error:
+                process.join()
+                raise ManagerLost(f"the manager's process ended before it served: exit code {process.exitcode}") from error
+        self._state.value = standard.State.STARTED
+        waits = [self._shutdown_timeout] if hasattr(self, "_shutdown_timeout") else []  # from Python 3.11 on
+        known = [process, self._address, self._authkey, self._state, self._Client, *waits]
+        finalize = type(self)._finalize_manager  # type: ignore[attr-defined]
+        self.shutdown = util.Finalize(self, finalize, args=known, exitpriority=0)
+
+    def _create(self, typeid: str, /, *args: Any, **kwds: Any) -> Any:
+        with reaching(self._address):
+            return super()._create(typeid, *args, **kwds)  # type: ignore[misc]
+
+    def _check_initial(self) -> None:
+        if self._state.value != standard.State.INITIAL:
+            started = self._state.value == standard.State.STARTED
+            raise ProcessError("Already started server" if started else "Manager has shut down")
+
+    @classmethod
+    def register(
+        cls,
+        typeid: str,
+        callable: Callable[..., object] | None = None,
+        proxytype: Any = None,
+        exposed: Sequence[str] | None = None,
+        method_to_typeid: Mapping[str, str] | None = None,
+        create_method: bool = True,
+    ) -> None:
+        """Register a type of objects, as multiprocessing's."""
+        super().register(typeid, callable, proxytype or cls._auto, exposed, method_to_typeid, create_method)
+
+
+class SyncManager(BaseManager, multiprocessing.managers.SyncManager):
+    """``multiprocessing.managers.SyncManager``: ``Manager()`` is a started one."""
+
+
+def _pool(*args: Any, **options: Any) -> Any:
+    from fiberexec.mp.pool import Pool
+
+    return Pool(*args, **options)
+
+
+def register_standard(manager: type[BaseManager], base: type[BaseProxy], names: dict[str, Any], prefix: str = "") -> None:
+    """Register what multiprocessing's SyncManager has, its proxies derived from ``base``; ``names`` gets their classes."""
+    for typeid, (make, exposed, returned, proxytype) in standard.SyncManager._registry.items():
+        own = None
+        if isinstance(proxytype, type):
+            name = prefix + proxytype.__name__
+            if name not in names:
+                names[name] = type(name, (base, proxytype), {"__module__": names["__name__"], "__doc__": proxytype.__doc__})
+            own = names[name]
+        with_method = hasattr(standard.SyncManager, typeid)
+        manager.register(typeid, _pool if typeid == "Pool" else make, own, exposed, returned, with_method)
+
+
+register_standard(SyncManager, BaseProxy, globals())
+
+
+class SharedMemoryServer(Server, standard.SharedMemoryServer):  # type: ignore[misc]
+    """The server of a SharedMemoryManager."""
+
+    public = [*{*Server.public, *standard.SharedMemoryServer.public}]  # noqa: RUF012
+
+
+class SharedMemoryManager(BaseManager, multiprocessing.managers.SharedMemoryManager):
+    """``multiprocessing.managers.SharedMemoryManager``: blocks of shared memory on one host, unlinked at its end."""
+
+    _Server = SharedMemoryServer
+
+
+def MakeProxyType(name: str, exposed: Sequence[str]) -> Any:
+    """A class of proxies whose methods are those named in ``exposed``."""
+    return proxy_type(BaseProxy, name, tuple(exposed))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AsyncManager":
+        from fiberexec.mp._asyncmanager import AsyncManager
+
+        return AsyncManager
+    return getattr(standard, name)
