@@ -86,6 +86,14 @@ class WorkerLost(FiberError, RuntimeError):
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
+class HubLost(FiberError, ConnectionError):
+    """The hub, which holds what a program's processes share (queues, locks, ...), has gone, and so have these objects."""
+
+
+class HubFull(FiberError, MemoryError):
+    """The hub holds as many bytes as it may, because consumers do not keep up. Give the queue a ``maxsize``."""
+
+
 def _rebuild(cls: type[BaseException], args: tuple[object, ...], state: dict[str, object]) -> BaseException:
     error = cls.__new__(cls, *args)
     error.args = args

@@ -1,0 +1,238 @@
+"""Asking the hub: one call is one frame out and one back, by the very thread that asks.
+
+Rules:
+- A connection serves one call at a time and is used again by whichever thread comes next, so there are as many as there
+  were calls at once, and the process' last one closes when the process ends.
+- A call that is interrupted (Ctrl-C, an exception of a signal's handler) is taken back: a new connection tells the hub
+  which one it replaces, and the hub undoes whatever that one was given and nobody saw.
+- What finalizers want to say waits for the next call: they may run in the middle of one.
+- A forked child is another process: it closes what it inherited.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from _collections import deque  # type: ignore[import-not-found]
+from _socket import AF_UNIX, SOCK_STREAM, socket
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fiberexec import _platform
+from fiberexec._errors import HubLost
+from fiberexec._hub import launch
+from fiberexec._hub.launch import Address
+from fiberexec._hub.wire import ERROR, ERRORS, HELLO, HUB, KEY_SIZE, MAGIC, POST, REQUEST
+from fiberexec._messages import decode, encode
+from fiberexec._stream import Buffer, Stream, pack
+
+Buffers = Sequence[Buffer]
+
+
+class _Channel:
+    """A connection. ``number`` is its name within this process."""
+
+    __slots__ = ("hub", "number", "seen", "stream")
+
+    def __init__(self, hub: Address, replaces: _Channel | None = None, frame: bytes = b"", fd: int = -1) -> None:
+        if hub == launch._address:
+            launch.start()
+        self.hub = hub
+        self.number = next(_numbers)
+        self.seen = 0  # answers that were returned
+        sock = socket(AF_UNIX, SOCK_STREAM)
+        replaced = (replaces.number, replaces.seen) if replaces is not None else (0, 0)
+        hello = HELLO.pack(MAGIC, hub.token, _key, os.getpid(), self.number, *replaced) + frame
+        try:
+            sock.connect(hub.path)
+            if fd >= 0:
+                _platform.send_fd(sock, hello, fd)
+            else:
+                sock.sendall(hello)
+        except OSError as error:
+            sock.close()
+            _lost(hub, error)
+        self.stream = Stream(sock)
+        _channels.add(self)
+
+    def close(self) -> None:
+        _channels.discard(self)
+        self.stream.close()
+
+
+_key = os.urandom(KEY_SIZE)  # of this process
+_numbers = itertools.count(1)
+_channels: set[_Channel] = set()  # all that are open
+_idle: dict[bytes, list[_Channel]] = {}  # by the hub's token
+_later: deque[tuple[Address, bytes]] = deque()  # bodies that go out before the next call
+
+
+def call(op: str, id: int, *args: object, buffers: Buffers = (), hub: Address | None = None) -> Any:
+    """Ask for an operation on the object ``id`` (HUB: the hub itself); returns what it says.
+
+    The arguments are plain builtins. Raises HubLost, and what the operation raises.
+    """
+    return request(hub or launch.address(), (op, id, args), buffers)[0]
+
+
+def request(hub: Address, message: tuple[str, int, tuple[Any, ...]], buffers: Buffers = ()) -> tuple[Any, list[Any]]:
+    """As call(); returns also the buffers that came back."""
+    channel = _take(hub)
+    try:
+        _say(channel, REQUEST, message, buffers)
+        kind, body, received = channel.stream.receive_one()
+        value = decode(body)
+    except (OSError, EOFError) as error:
+        channel.close()
+        _lost(hub, error)
+    except BaseException:
+        _replace(channel)
+        raise
+    channel.seen += 1
+    _idle[hub.token].append(channel)
+    if kind == ERROR:
+        name, args = value
+        raise ERRORS[name](*args)
+    return value, received
+
+
+def post(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
+    """Tell the hub something that it does not answer. Raises HubLost."""
+    channel = _take(hub)
+    try:
+        _say(channel, POST, message, ())
+    except OSError as error:
+        channel.close()
+        _lost(hub, error)
+    except BaseException:
+        _replace(channel)
+        raise
+    _idle[hub.token].append(channel)
+
+
+def post_later(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
+    """As post(), before this process' next call: for finalizers."""
+    _later.append((hub, encode(message)))
+
+
+def send_fd(hub: Address, message: tuple[str, int, tuple[Any, ...]], fd: int) -> Any:
+    """Ask for an operation that needs a descriptor of ours; it stays open here."""
+    return _with_fd(hub, message, fd)[0]
+
+
+def receive_fd(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> int:
+    """Ask for an operation that gives a descriptor; it is not inherited by other programs."""
+    return _with_fd(hub, message, -1)[1][0]
+
+
+def deposit(fd: int, hub: Address | None = None) -> int:
+    """Leave a copy of a descriptor with the hub; returns the id that fetches or discards it. ``fd`` stays open here.
+
+    The hub's copy keeps the other end of a pipe from hearing its end, so whoever does not fetch it discards it.
+    """
+    return int(send_fd(hub or launch.address(), ("deposit", HUB, ()), fd))
+
+
+def fetch(id: int, hub: Address | None = None) -> int:
+    """Take a deposited descriptor out. Raises KeyError if it was fetched or discarded before."""
+    return receive_fd(hub or launch.address(), ("fetch", HUB, (id,)))
+
+
+def discard(id: int, hub: Address | None = None) -> None:
+    """Close the hub's copy of a deposited descriptor, if it is still there. Finalizers may call it."""
+    post_later(hub or launch.address(), ("drop", HUB, (id,)))
+
+
+def close() -> None:
+    """Close this process' connections; the root's hub ends. What is called next starts another one."""
+    for channel in list(_channels):
+        channel.close()
+    _idle.clear()
+    _later.clear()
+    launch.close()
+
+
+# -- connections
+
+
+def _take(hub: Address) -> _Channel:
+    try:
+        channel = _idle[hub.token].pop()
+    except KeyError:
+        _idle.setdefault(hub.token, [])
+        channel = _Channel(hub)
+    except IndexError:
+        channel = _Channel(hub)
+    return channel
+
+
+def _say(channel: _Channel, kind: int, message: tuple[str, int, tuple[Any, ...]], buffers: Buffers) -> None:
+    while _later:
+        try:
+            hub, body = _later.popleft()
+        except IndexError:
+            break  # another thread took it
+        if hub == channel.hub:
+            channel.stream.send(POST, body)
+    channel.stream.send(kind, encode(message), buffers)  # type: ignore[arg-type]
+
+
+def _replace(channel: _Channel) -> None:
+    """After an interrupt nobody knows what a connection has sent and received."""
+    try:
+        fresh = _Channel(channel.hub, replaces=channel)
+        fresh.stream.send(REQUEST, encode(("ping", HUB, ())))
+        fresh.stream.receive_one()
+        fresh.seen = 1
+        _idle[channel.hub.token].append(fresh)
+    except (OSError, EOFError):
+        pass  # the hub has gone
+    channel.close()
+
+
+def _with_fd(hub: Address, message: tuple[str, int, tuple[Any, ...]], fd: int) -> tuple[Any, list[int]]:
+    """On a connection of its own: what else is received on it would lose descriptors."""
+    if not _channels:
+        call("ping", HUB, hub=hub)  # the hub would take the end of the only connection for the end of the process
+    frame = b"".join(pack(REQUEST, encode(message)))
+    channel = _Channel(hub, None, frame, fd)
+    try:
+        stream = channel.stream
+        frames: list[Any] = []
+        fds: list[int] = []
+        while not frames:
+            data, got = _platform.receive_fds(stream._sock, 1 << 16, 1)
+            fds += got
+            if not data:
+                raise EOFError("the hub has closed")
+            frames = stream.feed(data)
+        kind, body, _ = frames[0]
+        value = decode(body)
+    except (OSError, EOFError) as error:
+        _lost(hub, error)
+    finally:
+        channel.close()
+    if kind == ERROR:
+        raise ERRORS[value[0]](*value[1])
+    for each in fds:
+        os.set_inheritable(each, False)
+    return value, fds
+
+
+def _lost(hub: Address, error: BaseException) -> NoReturn:
+    raise HubLost(
+        f"the hub at {hub.path} has gone, or refused this process ({error}): "
+        "queues, locks and other objects that it held are lost; start the program again"
+    ) from error
+
+
+def _in_child() -> None:
+    global _key
+    _key = os.urandom(KEY_SIZE)
+    for channel in list(_channels):
+        channel.close()
+    _idle.clear()
+    _later.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)

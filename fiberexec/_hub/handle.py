@@ -1,0 +1,53 @@
+"""A shared object as its users hold it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fiberexec._hub import client, launch
+from fiberexec._hub.launch import Address
+from fiberexec._hub.wire import HUB
+
+_forks = 0  # of this process
+
+
+class Handle:
+    """Names an object of the hub. It can be pickled at any time, and so travel to any process of the program.
+
+    The object goes with the handle that made it; once that has been pickled, or its process has forked, others may have
+    it too: then it lives as long as the program.
+    """
+
+    _hub: Address
+    _id: int
+    _owner: tuple[int, int] | None = None  # (pid, forks) when it was made; None: others may have it
+
+    def _make(self, kind: str, *args: object) -> None:
+        self._hub = launch.address()
+        self._id = client.call("new", HUB, kind, *args, hub=self._hub)
+        self._owner = os.getpid(), _forks
+
+    def _call(self, op: str, *args: object) -> Any:
+        return client.request(self._hub, (op, self._id, args))[0]
+
+    def _share(self) -> tuple[tuple[str, bytes], int]:
+        """What another process needs to know."""
+        self._owner = None
+        return tuple(self._hub), self._id
+
+    def _adopt(self, shared: tuple[tuple[str, bytes], int]) -> None:
+        address, self._id = shared
+        self._hub = Address(*address)
+
+    def __del__(self) -> None:
+        if self._owner == (os.getpid(), _forks):
+            client.post_later(self._hub, ("drop", HUB, (self._id,)))
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(before=_forked)

@@ -1,0 +1,165 @@
+"""Where this program's hub is, and how the root process starts it.
+
+    reserve(): the socket listens, there is an address to give to children, no process yet
+    start():   the hub takes over the socket; whoever connected before is served now
+    close():   it ends, and its folder goes; without close() that happens when the root process has gone
+
+A child adopts the address of its parent's hub, and starts none of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import tempfile
+import threading
+from _socket import AF_UNIX, SOCK_STREAM, socket
+from time import monotonic, sleep
+from typing import NamedTuple
+
+from fiberexec._hub.wire import TOKEN_SIZE
+
+_BACKLOG = 1024
+_END_TIMEOUT = 5.0  # seconds
+_LONGEST = 100  # bytes of a Unix socket's path, which every system takes
+
+
+class Address(NamedTuple):
+    """Whoever has it can use the hub. It is a secret."""
+
+    path: str  # of the hub's socket
+    token: bytes
+
+
+_lock = threading.RLock()  # guards all that follows
+_address: Address | None = None
+_listener: socket | None = None  # in the root, while the hub is reserved and not started
+_pid = 0  # of the hub, in the root
+_lifeline = -1  # the hub ends when its last copy is closed
+
+
+def address() -> Address:
+    """The address of this program's hub, which is reserved if there is none."""
+    return _address or reserve()
+
+
+def adopt(address: Address) -> None:
+    """Use the hub of the program that started this process."""
+    global _address
+    with _lock:
+        close()
+        _address = Address(*address)
+
+
+def reserve() -> Address:
+    """Bind the socket of this program's hub, if it has none yet; returns the address."""
+    global _address, _listener
+    with _lock:
+        if _address is None:
+            from multiprocessing.util import Finalize
+
+            folder = tempfile.mkdtemp(prefix="fiberexec-hub-")
+            if len(os.fsencode(folder)) > _LONGEST - len("/hub"):
+                os.rmdir(folder)
+                folder = tempfile.mkdtemp(prefix="fiberexec-hub-", dir="/tmp")
+            path = os.path.join(folder, "hub")
+            listener = socket(AF_UNIX, SOCK_STREAM)
+            listener.bind(path)
+            listener.listen(_BACKLOG)
+            _listener = listener
+            _address = Address(path, os.urandom(TOKEN_SIZE))
+            Finalize(None, close, exitpriority=-100)  # after the queues' -5: they still flush
+        return _address
+
+
+def fileno() -> int:
+    """The listening socket, readable when somebody wants the hub; -1 unless it is reserved and not started."""
+    listener = _listener
+    return -1 if listener is None else listener.fileno()
+
+
+def start() -> None:
+    """Start the hub, if this is the root process and it does not run yet. Raises OSError."""
+    global _listener, _pid, _lifeline
+    with _lock:
+        if _listener is None or _address is None:
+            return
+        alive, lifeline = os.pipe()
+        opened = [alive]
+        try:
+            actions: list[tuple[object, ...]] = [
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            ]
+            for number, fd in enumerate((_listener.fileno(), alive), 3):
+                opened.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10))  # no copy overwrites another's source
+                actions.append((os.POSIX_SPAWN_DUP2, opened[-1], number))
+            package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+            program = (
+                f"import sys; sys.path.insert(0, {package!r}); from fiberexec._hub.server import main; main(3, 4)"
+            )
+            arguments = [sys.executable, "-I", "-S", "-c", program]
+            os.write(lifeline, _address.token)
+            _pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions)
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+        _lifeline = lifeline
+        _listener.close()  # so that whoever connects after the hub's end is refused
+        _listener = None
+
+
+def close() -> None:
+    """End this program's hub if this is the root process; then there is none until it is needed again."""
+    global _address, _listener, _pid, _lifeline
+    with _lock:
+        if _listener is not None and _address is not None:
+            _listener.close()
+            remove_folder(_address.path)
+        if _pid and _address is not None:
+            os.close(_lifeline)
+            _reap(_pid)
+            remove_folder(_address.path)  # it was killed, or could not start
+        _address = _listener = None
+        _pid, _lifeline = 0, -1
+
+
+def remove_folder(path: str) -> None:
+    """Remove the hub's socket and its folder, with what others put there."""
+    import shutil
+
+    shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+
+
+def _reap(pid: int) -> None:
+    deadline = monotonic() + _END_TIMEOUT
+    pause = 0.0005
+    while True:
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return
+        except ChildProcessError:  # somebody else waits for every child, or children are ignored
+            return
+        if monotonic() > deadline:
+            os.kill(pid, 9)
+        sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def _in_child() -> None:
+    """A forked child of the root uses the same hub and is not its root."""
+    global _lock, _listener, _pid, _lifeline
+    _lock = threading.RLock()
+    if _listener is not None:
+        _listener.close()
+        _listener = None
+    if _pid:
+        os.close(_lifeline)
+    _pid, _lifeline = 0, -1
+
+
+os.register_at_fork(after_in_child=_in_child)

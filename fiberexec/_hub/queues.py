@@ -1,0 +1,320 @@
+"""Queues: the hub's side.
+
+An item is bytes that are never read here: on the wire ``bytes``, or (bytes or None, how many of the frame's buffers belong
+to it), the bytes being the first of these buffers where it says None.
+
+A consumer is one thread of one process at one queue. It gets as many items as it wants, when there are that many, and
+says in its cell how far it is; what it has not claimed can be taken back without asking it:
+
+    consumer: CLAIMED = n, then: is RECALLED >= n?  ─► it was too late: CLAIMED = n - 1, and it asks again
+    hub:      RECALLED = all that was sent, SETTLE seconds later: CLAIMED tells what it has kept
+
+Rules:
+- An item belongs to the consumer that claimed it; in a queue that counts (JoinableQueue) not before it was marked as done.
+  What else its process held when it died goes back to the front, in order.
+- What a consumer holds and has not claimed is taken back when somebody else waits for it, after HOLD seconds.
+"""
+
+from __future__ import annotations
+
+from _collections import OrderedDict, deque  # type: ignore[attr-defined]
+from collections.abc import Sequence
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from fiberexec._errors import HubFull
+from fiberexec._hub.shared import PARKED, Shared, Timer, Wait, first
+from fiberexec._hub.wire import CLAIMED, DONE, RECALLED
+
+if TYPE_CHECKING:
+    from fiberexec._hub.server import Hub, Peer, Process
+
+HOLD = 0.005  # seconds that a consumer may hold what others wait for
+SETTLE = 0.001  # seconds after which what was claimed before a recall was seen is certain to show
+_BATCH = 1 << 18  # bytes in one answer, more than one item
+_OVERHEAD = 100  # bytes that an item costs beside its own
+
+
+class Item:
+    __slots__ = ("buffers", "data", "size")
+
+    def __init__(self, data: bytes | None, buffers: Sequence[Any]) -> None:
+        self.data = data
+        self.buffers = buffers
+        self.size = _OVERHEAD + (len(data) if data is not None else 0) + sum(map(len, buffers))
+
+
+class Consumer:
+    """``held`` are the items ``first`` .. ``first + len(held) - 1`` in its own count."""
+
+    def __init__(self, process: Process, cell: memoryview) -> None:
+        self.process = process
+        self.cell = cell
+        self.held: deque[Item] = deque()
+        self.first = 1
+        self.done = 0  # task_done() calls that have been counted
+        self.since = 0.0  # when it got the last ones
+        self.recall: Timer | None = None  # under way
+
+    def unclaimed(self) -> int:
+        return max(0, self.first + len(self.held) - 1 - self.cell[CLAIMED])
+
+
+class Queue(Shared):
+    looks = ("size",)
+
+    def __init__(self, hub: Hub, maxsize: int, counts: bool) -> None:
+        super().__init__(hub)
+        self._maxsize = maxsize
+        self._counts = counts
+        self._items: deque[Item] = deque()
+        self._consumers: dict[tuple[Process, int], Consumer] = {}
+        self._getting: OrderedDict[Get, None] = OrderedDict()
+        self._putting: OrderedDict[Put, None] = OrderedDict()
+        self._joining: OrderedDict[Wait, None] = OrderedDict()
+        self._unfinished = 0
+
+    # -- operations
+
+    def do_put(self, peer: Peer, items: list[Any], timeout: float | None) -> Any:
+        """Answers whether there was room, in time."""
+        found = _unpacked(items, peer.buffers)
+        if self._putting or self._is_full():
+            Put(self, peer, timeout, found)
+            if self.hub.bytes > self.hub.limit:
+                self.hub.starved[self] = None
+            return PARKED
+        self._add(found)
+        return True
+
+    def do_get(self, peer: Peer, slot: int, claimed: int, want: int, timeout: float | None) -> Any:
+        """Answers (number of the first, items), or None when there was none in time. ``claimed`` is the caller's word."""
+        consumer = self._consumer(peer.process, slot)
+        if consumer.recall is not None:
+            consumer.recall.done = True
+            consumer.recall = None
+        self._settle(consumer, claimed)
+        self._take_back(consumer, claimed)
+        holders = [] if self._items else [each for each in self._consumers.values() if each.unclaimed()]
+        if timeout == 0 and holders:
+            timeout = 2 * SETTLE
+        get = Get(self, peer, timeout, consumer, want)
+        self._deliver()
+        if not get.done:
+            self._recall_from(holders, 0.0 if timeout is not None and timeout < HOLD else HOLD)
+        return PARKED
+
+    def do_size(self, peer: Peer) -> int:
+        return len(self._items) + sum(consumer.unclaimed() for consumer in self._consumers.values())
+
+    def do_done(self, peer: Peer, slot: int) -> None:
+        """A consumer has marked in its cell what is done; or, with slot -1, a process marks what another thread got."""
+        if slot >= 0:
+            self._settle(self._consumer(peer.process, slot), 0)
+            return
+        for consumer in self._consumers.values():
+            self._settle(consumer, 0)
+        if not self._unfinished:
+            raise ValueError("task_done() called too many times")
+        self._mark_any(peer.process)
+
+    def do_join(self, peer: Peer) -> Any:
+        if not self._unfinished:
+            return None
+        Wait(peer, self._joining, None)
+        return PARKED
+
+    def do_leave(self, peer: Peer, slot: int) -> bool:
+        """A thread has ended: what it did not claim goes back. Answers whether its cell is free."""
+        consumer = self._consumers.get((peer.process, slot))
+        if consumer is None:
+            return True
+        self._undo(consumer)
+        if consumer.held:
+            return False  # in a queue that counts: another thread may still mark these as done
+        del self._consumers[peer.process, slot]
+        return True
+
+    def gone(self, process: Process) -> None:
+        for key in [key for key in self._consumers if key[0] is process]:
+            consumer = self._consumers.pop(key)
+            if consumer.recall is not None:
+                consumer.recall.done = True
+            self._settle(consumer, consumer.cell[CLAIMED])
+            self._take_back(consumer, consumer.first - 1)
+        self._deliver()
+
+    def dropped(self) -> None:
+        for item in self._items:
+            self.hub.release(item.size)
+        self._items.clear()
+
+    # -- what is there
+
+    def _is_full(self) -> bool:
+        return 0 < self._maxsize <= len(self._items) or self.hub.bytes > self.hub.limit
+
+    def _add(self, items: list[Item]) -> None:
+        self._items += items
+        self._unfinished += len(items)
+        self.hub.bytes += sum(item.size for item in items)
+        if self._getting:
+            self._deliver()
+
+    def admit(self) -> None:
+        """Let those put for whom there is room now."""
+        while self._putting and not self._is_full():
+            put = first(self._putting)
+            put.finish(True)
+            self._add(put.items)
+
+    def _deliver(self) -> None:
+        while self._getting and self._items:
+            get = first(self._getting)
+            most = min(get.want, -(-len(self._items) // len(self._getting)))
+            consumer = get.consumer
+            answer: list[Any] = []
+            buffers: list[Any] = []
+            number = consumer.first + len(consumer.held)
+            size = 0
+            while self._items and len(answer) < most and (not size or size + self._items[0].size <= _BATCH):
+                item = self._items.popleft()
+                consumer.held.append(item)
+                size += item.size
+                answer.append((item.data, len(item.buffers)) if item.buffers else item.data)
+                buffers += item.buffers
+            consumer.since = monotonic()
+            consumer.cell[RECALLED] = 0
+            get.leave()
+            get.peer.undo = partial(self._undo, consumer)
+            get.peer.reply((number, answer), buffers)
+        self.admit()
+
+    # -- consumers
+
+    def _consumer(self, process: Process, slot: int) -> Consumer:
+        consumer = self._consumers.get((process, slot))
+        if consumer is None:
+            cell = process.cells[4 * slot : 4 * slot + 4]
+            consumer = self._consumers[process, slot] = Consumer(process, cell)
+            cell[CLAIMED] = cell[RECALLED] = cell[DONE] = 0
+            process.uses[self] = None
+        return consumer
+
+    def _settle(self, consumer: Consumer, claimed: int) -> None:
+        """Let go of what now belongs to the consumer."""
+        if self._counts:
+            fresh = consumer.cell[DONE] - consumer.done
+            consumer.done += fresh
+            for _ in range(fresh):
+                if not self._mark(consumer):
+                    self._mark_any(consumer.process)
+            return
+        while consumer.first <= claimed and consumer.held:
+            item = consumer.held.popleft()
+            consumer.first += 1
+            self.hub.release(item.size)
+
+    def _mark(self, consumer: Consumer) -> bool:
+        """Mark the first item as done that the consumer has claimed; False if there is none."""
+        if not consumer.held or consumer.first > consumer.cell[CLAIMED]:
+            return False
+        item = consumer.held.popleft()
+        consumer.first += 1
+        self.hub.release(item.size)
+        self._finished()
+        return True
+
+    def _mark_any(self, process: Process) -> None:
+        """task_done() without an item of the caller's own: it means one of its process, or of any."""
+        for consumer in sorted(self._consumers.values(), key=lambda each: each.process is not process):
+            if self._mark(consumer):
+                return
+        if self._unfinished:
+            self._finished()
+
+    def _finished(self) -> None:
+        self._unfinished -= 1
+        while self._joining and not self._unfinished:
+            first(self._joining).finish(None)
+
+    def _take_back(self, consumer: Consumer, claimed: int) -> None:
+        """Put what a consumer holds beyond ``claimed`` to the front."""
+        held = consumer.held
+        while held and consumer.first + len(held) - 1 > claimed:
+            self._items.appendleft(held.pop())
+
+    def _undo(self, consumer: Consumer) -> None:
+        self._settle(consumer, consumer.cell[CLAIMED])
+        self._take_back(consumer, consumer.cell[CLAIMED])
+        self._deliver()
+
+    # -- recall
+
+    def _recall_from(self, consumers: list[Consumer], hold: float) -> None:
+        """Somebody waits: what is held and not claimed is taken back, if it is not used soon."""
+        now = monotonic()
+        for consumer in consumers:
+            if consumer.recall is None:
+                consumer.recall = Timer(partial(self._recall, consumer))
+                self.hub.at(max(now, consumer.since + hold), consumer.recall)
+
+    def _recall(self, consumer: Consumer) -> None:
+        consumer.recall = None
+        if self._getting and consumer.unclaimed():
+            consumer.cell[RECALLED] = consumer.first + len(consumer.held) - 1
+            consumer.recall = Timer(partial(self._recalled, consumer))
+            self.hub.at(monotonic() + SETTLE, consumer.recall)
+
+    def _recalled(self, consumer: Consumer) -> None:
+        consumer.recall = None
+        self._undo(consumer)
+
+
+class Get(Wait):
+    __slots__ = ("consumer", "want")
+
+    def __init__(self, queue: Queue, peer: Peer, timeout: float | None, consumer: Consumer, want: int) -> None:
+        super().__init__(peer, queue._getting, timeout)
+        self.consumer = consumer
+        self.want = want
+
+    def due(self) -> None:
+        self.finish(None)
+
+
+class Put(Wait):
+    __slots__ = ("items", "shared")
+
+    def __init__(self, queue: Queue, peer: Peer, timeout: float | None, items: list[Item]) -> None:
+        super().__init__(peer, queue._putting, timeout)
+        self.items = items
+        self.shared = queue
+
+    def due(self) -> None:
+        hub = self.shared.hub
+        if hub.bytes > hub.limit:
+            self.fail(
+                HubFull(
+                    f"the hub holds {hub.bytes} bytes, and its limit is {hub.limit}: consumers do not keep up; "
+                    "give the queue a maxsize, or let more processes consume"
+                )
+            )
+        else:
+            self.finish(False)
+
+
+def _unpacked(items: list[Any], buffers: list[Any]) -> list[Item]:
+    if not buffers:
+        return [Item(data, ()) for data in items]
+    found = []
+    position = 0
+    for item in items:
+        if type(item) is tuple:
+            data, count = item
+            found.append(Item(data, buffers[position : position + count]))
+            position += count
+        else:
+            found.append(Item(item, ()))
+    return found

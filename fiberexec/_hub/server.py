@@ -1,0 +1,360 @@
+"""The hub's process: one thread, one loop over all connections.
+
+Rules:
+- No connection makes the others wait: everything is read and written as far as the kernel takes it now.
+- What only looks, and what must not wait (a timeout of 0), is answered after another look at all connections: then
+  whatever had been sent before it, by anybody, has been carried out.
+- What is wrong with a frame ends its connection, and what is wrong with a call is its answer; the hub goes on.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import mmap
+import os
+import resource
+import select
+import signal
+import sys
+import traceback
+from _operator import _compare_digest  # type: ignore[attr-defined]
+from _socket import SO_SNDBUF, SOL_SOCKET, socket
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+from fiberexec import _messages as messages
+from fiberexec import _platform
+from fiberexec._hub import launch
+from fiberexec._hub.locks import Barrier, Condition, Event, Semaphore
+from fiberexec._hub.queues import Queue
+from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
+from fiberexec._hub.wire import ERROR, ERRORS, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
+from fiberexec._stream import Frame, ProtocolError, Stream, pack
+
+_GLANCE = 1.0  # seconds between two looks at the root process
+_IN, _OUT = select.POLLIN, select.POLLOUT  # epoll's have the same values
+_ACCEPTS = 64  # connections that are accepted at once
+_READ = 1 << 16
+
+KINDS: dict[str, Callable[..., Shared]] = {
+    "barrier": Barrier,
+    "condition": Condition,
+    "event": Event,
+    "queue": Queue,
+    "semaphore": Semaphore,
+}
+
+
+class Process:
+    """A process of the program, as long as it has a connection."""
+
+    def __init__(self, key: bytes, pid: int) -> None:
+        self.key = key
+        self.pid = pid
+        self.peers: dict[int, Peer] = {}  # by the connection's number
+        self.uses: dict[Shared, None] = {}  # objects that want to hear of its end
+        self.cells = memoryview(b"")
+
+
+class Peer:
+    """A connection. ``undo`` takes back the last answer, which the other end may not have seen."""
+
+    __slots__ = ("answers", "buffers", "fds", "hub", "number", "parked", "process", "sock", "stream", "undo")
+
+    def __init__(self, hub: Hub, sock: socket) -> None:
+        self.hub = hub
+        self.sock = sock
+        self.stream = Stream(sock)
+        self.process: Process = NOBODY  # until it has proved that it belongs to the program
+        self.number = 0
+        self.answers = 0
+        self.parked: Wait | None = None
+        self.undo: Callable[[], None] | None = None
+        self.buffers: list[Any] = []  # of the frame that is being handled
+        self.fds: list[int] = []  # that came with the hello
+
+    def reply(self, value: object, buffers: Sequence[Any] = ()) -> None:
+        self._send(REPLY, value, buffers)
+
+    def fail(self, error: Exception) -> None:
+        name = next((kind.__name__ for kind in type(error).__mro__ if ERRORS.get(kind.__name__) is kind), "RuntimeError")
+        self._send(ERROR, (name, tuple(error.args) if name in ERRORS else (repr(error),)))
+
+    def _send(self, kind: int, value: object, buffers: Sequence[Any] = ()) -> None:
+        self.answers += 1
+        try:
+            if not self.stream.send_some(kind, messages.encode(value), buffers):  # type: ignore[arg-type]
+                self.hub.watch(self, _IN | _OUT)
+        except OSError:
+            pass  # its end will be read
+
+    def close(self) -> None:
+        self.stream.close()
+        for fd in self.fds:
+            os.close(fd)
+
+
+NOBODY = Process(b"", 0)
+
+
+class Hub(Shared):
+    """See the module's description. Among the objects it is the one that makes and drops the others."""
+
+    def __init__(self, listener: socket, lifeline: int, token: bytes) -> None:
+        super().__init__(self)
+        self.objects: dict[int, Shared | int] = {HUB: self}  # by id; an int is a deposited descriptor
+        self.processes: dict[bytes, Process] = {}
+        self.bytes = 0  # what queues hold
+        self.limit = _platform.memory_total() // 2  # of these bytes
+        self.starved: dict[Queue, None] = {}  # queues whose puts wait for memory
+        self._token = token
+        self._ids = itertools.count(int.from_bytes(os.urandom(4), "little") << 31 | 1)  # no program's are another's
+        self._listener = listener
+        self._lifeline = lifeline
+        self._peers: dict[int, Peer] = {}  # by descriptor
+        self._timers: list[tuple[float, int, Timer | Wait]] = []
+        self._most_timers = 1000  # then those that are done are dropped
+        self._order = itertools.count()
+        self._looks: list[Callable[[], None]] = []
+        self._root = os.getppid()
+        self._next_glance = 0.0
+        listener.setblocking(False)
+        if sys.platform == "linux" and _platform.LINUX:
+            epoll = select.epoll()
+            self._poll: Callable[[float], list[tuple[int, int]]] = epoll.poll
+            self._poller: Any = epoll
+        else:
+            self._poller = poller = select.poll()
+            self._poll = lambda seconds: poller.poll(seconds * 1000)
+        self._poller.register(listener, _IN)
+        self._poller.register(lifeline, _IN)
+
+    def run(self) -> None:
+        """Serve until the root process has gone."""
+        while True:
+            now = monotonic()
+            if now >= self._next_glance:  # a forked child of the root may keep the lifeline's other end
+                if os.getppid() != self._root:
+                    return
+                self._next_glance = now + _GLANCE
+            timeout = self._next_glance - now
+            if self._timers:
+                timeout = max(0.0, min(timeout, self._timers[0][0] - now))
+            for fd, event in self._poll(0 if self._looks else timeout):
+                peer = self._peers.get(fd)
+                if peer is not None:
+                    self._serve(peer, event)
+                elif fd == self._lifeline:
+                    return
+                elif fd == self._listener.fileno():
+                    self._accept()
+            looks, self._looks = self._looks, []
+            for look in looks:
+                look()
+            if self._timers:
+                self._run_timers()
+
+    def at(self, when: float, timer: Timer | Wait) -> None:
+        """Let ``timer`` be due at that time of the monotonic clock; 0: now, after another look at all connections."""
+        if when == 0.0:
+            self._looks.append(lambda: None if timer.done else timer.due())
+            return
+        heapq.heappush(self._timers, (when, next(self._order), timer))
+        if len(self._timers) > self._most_timers:
+            self._timers = [entry for entry in self._timers if not entry[2].done]
+            heapq.heapify(self._timers)
+            self._most_timers = 2 * len(self._timers) + 1000
+
+    def release(self, size: int) -> None:
+        """A queue holds so many bytes less."""
+        was_full = self.bytes > self.limit
+        self.bytes -= size
+        if was_full and self.bytes <= self.limit:
+            starved, self.starved = self.starved, {}
+            for queue in starved:
+                self.at(0.0, Timer(queue.admit))
+
+    def watch(self, peer: Peer, events: int) -> None:
+        self._poller.modify(peer.sock, events)
+
+    def _run_timers(self) -> None:
+        now = monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
+            if not timer.done:
+                timer.due()
+
+    # -- connections
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                fd, _ = self._listener._accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self._next_glance = 0.0  # out of descriptors: it is tried again
+                return
+            sock = socket(fileno=fd)
+            sock.setblocking(False)
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
+            self._peers[fd] = Peer(self, sock)
+            self._poller.register(fd, _IN)
+
+    def _serve(self, peer: Peer, event: int) -> None:
+        try:
+            if event & _OUT and peer.stream.flush():
+                self.watch(peer, _IN)
+            if event & ~_OUT:
+                self._read(peer)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except (OSError, EOFError):  # ProtocolError is one
+            self._close(peer)
+
+    def _read(self, peer: Peer) -> None:
+        if peer.process is NOBODY:
+            frames = self._welcome(peer)
+        else:
+            frames = peer.stream.receive()
+        for frame in frames:
+            self._handle(peer, frame)
+
+    def _welcome(self, peer: Peer) -> list[Frame]:
+        """Read the hello of a new connection. It comes in one piece, or the other end is not one of ours."""
+        data, fds = _platform.receive_fds(peer.sock, _READ, 1)
+        peer.fds += fds
+        if len(data) < HELLO.size:
+            raise ProtocolError("no hello")
+        magic, token, key, pid, number, replaces, seen = HELLO.unpack_from(data)
+        if magic != MAGIC or not _compare_digest(token, self._token):
+            raise ProtocolError("not one of this program")
+        process = self.processes.get(key)
+        if process is None:
+            process = self.processes[key] = Process(key, pid)
+        peer.process = process
+        peer.number = number
+        process.peers[number] = peer
+        if replaces in process.peers:
+            self._take_back(process.peers[replaces], seen)
+        return peer.stream.feed(data[HELLO.size :]) if len(data) > HELLO.size else []
+
+    def _take_back(self, peer: Peer, seen: int) -> None:
+        """The other end was interrupted in a call: undo what it was given without seeing it."""
+        try:
+            while True:
+                self._read(peer)  # what it had sent before still counts
+        except (OSError, EOFError):
+            pass
+        if peer.parked is not None:
+            peer.parked.cancel()
+        if peer.undo is not None and peer.answers > seen:
+            peer.undo()
+        self._close(peer)
+
+    def _close(self, peer: Peer) -> None:
+        fd = peer.sock.fileno()
+        if fd < 0:
+            return
+        del self._peers[fd]
+        self._poller.unregister(fd)
+        peer.close()
+        process = peer.process
+        process.peers.pop(peer.number, None)
+        if peer.parked is not None:
+            peer.parked.cancel()
+        if not process.peers and process is not NOBODY:
+            del self.processes[process.key]
+            for shared in list(process.uses):
+                shared.gone(process)
+            process.uses.clear()
+
+    # -- calls
+
+    def _handle(self, peer: Peer, frame: Frame) -> None:
+        kind, body, peer.buffers = frame
+        peer.undo = None  # whoever asks again has seen the last answer
+        op, id, args = messages.decode(body)
+        if (kind != REQUEST and kind != POST) or peer.parked is not None:
+            raise ProtocolError("no call, or one inside another")
+        shared = self.objects.get(id)
+        operation = getattr(shared, "do_" + op, None)
+        if operation is None:
+            if kind == REQUEST:
+                peer.fail(KeyError(f"the hub has no object {id} that could {op}; its last handle has gone, or it was fetched"))
+        elif op in shared.looks:  # type: ignore[union-attr]
+            self._looks.append(lambda: self._carry_out(kind, peer, operation, args))
+        else:
+            self._carry_out(kind, peer, operation, args)
+
+    def _carry_out(self, kind: int, peer: Peer, operation: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        try:
+            answer = operation(peer, *args)
+        except Exception as error:
+            if kind == REQUEST:
+                peer.fail(error)
+            if type(error) not in ERRORS.values():
+                traceback.print_exc()
+            return
+        if kind == REQUEST and answer is not PARKED:
+            peer.reply(answer)
+
+    def do_ping(self, peer: Peer) -> None:
+        """Nothing, in the order of what is sent."""
+
+    def do_new(self, peer: Peer, kind: str, *args: Any) -> int:
+        id = next(self._ids)
+        self.objects[id] = KINDS[kind](self, *args)
+        return id
+
+    def do_drop(self, peer: Peer, id: int) -> None:
+        shared = self.objects.pop(id, None)
+        if isinstance(shared, int):
+            os.close(shared)
+        elif shared is not None:
+            shared.dropped()
+
+    def do_cells(self, peer: Peer) -> None:
+        """The memory in which a process' consumers say how far they are."""
+        fd = peer.fds.pop()
+        try:
+            peer.process.cells = memoryview(mmap.mmap(fd, os.fstat(fd).st_size)).cast("Q")
+        finally:
+            os.close(fd)
+
+    def do_deposit(self, peer: Peer) -> int:
+        id = next(self._ids)
+        self.objects[id] = peer.fds.pop()
+        return id
+
+    def do_fetch(self, peer: Peer, id: int) -> Any:
+        fd = self.objects.get(id)
+        if not isinstance(fd, int):
+            raise KeyError(f"descriptor {id} has been fetched already, or was discarded")
+        del self.objects[id]
+        try:
+            _platform.send_fd(peer.sock, b"".join(pack(REPLY, messages.encode(None))), fd)
+        finally:
+            os.close(fd)
+        return PARKED
+
+
+def main(listener: int, lifeline: int) -> None:
+    """The hub's program: descriptors of the listening socket and of the pipe that says "alive", after the token."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    token = os.read(lifeline, TOKEN_SIZE)
+    try:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        pass  # as many as there are
+    sock = socket(fileno=listener)
+    path = sock.getsockname()
+    try:
+        Hub(sock, lifeline, token).run()
+    finally:
+        launch.remove_folder(path)
+        os._exit(0)
