@@ -216,7 +216,7 @@ def test_a_kill_is_reported_as_scripted(tmp_path: Path) -> None:
 def test_a_loss_by_the_infrastructure_is_not_charged(tmp_path: Path) -> None:
     backend = FakeBackend(1)
     mark = tmp_path / "begun"
-    with FiberExecutor(1, backend=backend, max_worker_losses=1) as executor:
+    with FiberExecutor(1, backend=backend, max_worker_losses=2) as executor:
         future = executor.submit(begin, mark)
         for worker in (1, 2, 3):
             lines_of(mark, worker)
@@ -228,7 +228,7 @@ def test_a_loss_by_the_infrastructure_is_not_charged(tmp_path: Path) -> None:
 def test_tasks_of_a_job_that_was_lost_whole_run_again_and_are_not_charged(tmp_path: Path) -> None:
     backend = FakeBackend(2, workers_per_job=2)
     mark = tmp_path / "begun"
-    with FiberExecutor(2, backend=backend, max_worker_losses=1) as executor:
+    with FiberExecutor(2, backend=backend, max_worker_losses=2) as executor:
         futures = [executor.submit(begin, mark), executor.submit(begin, mark)]
         lines_of(mark, 2)
         assert set(backend.jobs.values()) == {"fake-0"}
