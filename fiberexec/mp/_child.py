@@ -10,6 +10,7 @@ from multiprocessing import process
 from typing import Any, NoReturn
 
 from fiberexec import _worker
+from fiberexec._hub import launch as hub
 from fiberexec._serialize import loads
 from fiberexec.mp.context import default_context, util
 
@@ -24,6 +25,7 @@ def prepare(told: dict[str, Any]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+    hub.adopt(told["hub"])
     process.current_process().authkey = told["authkey"]
     if told["log_level"] is not None:
         util.get_logger().setLevel(told["log_level"])

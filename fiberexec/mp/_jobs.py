@@ -28,11 +28,13 @@ from typing import Any, NamedTuple
 from fiberexec import _config
 from fiberexec import _messages as messages
 from fiberexec._connection import Connection
+from fiberexec._errors import ResourceError
+from fiberexec._hub import launch as _hub
 from fiberexec._scheduler import events as ev
 from fiberexec._stream import Buffer, Stream
 from fiberexec._waker import Waker
 from fiberexec.backends import registry
-from fiberexec.backends.base import Backend, Ended, Exit, Pool, Refused, Started
+from fiberexec.backends.base import Backend, Ended, Exit, Pool, Refused, Resources, Started
 
 MAX_PROCESSES = 4096  # at once, of one size
 # What a backend that forks may load once for all processes.
@@ -54,11 +56,15 @@ class Job:
 
     def __init__(self, size: Size, setup: tuple[bytes, list[Buffer]], task: Task) -> None:
         self.size = size
+        self.backend: Backend  # once it has been given to the jobs thread
+        self.number = 0  # the worker's, among all processes
+        self.connection: Connection | None = None  # while it runs
         self.setup = setup
         self.task: Task | None = task  # until it is sent
         self.launched = threading.Event()  # or refused, or ended
         self.ready = False
         self.waiting: list[int] = []  # signals, until it is ready
+        self.interrupted = False
         self.pid: int | None = None
         self.host = ""
         self.id = ""  # the backend's name of the job
@@ -95,21 +101,18 @@ class Jobs:
         # The rest is the thread's own.
         self._selector: Any = None
         self._jobs: dict[int, Job] = {}  # by the worker's number
-        self._numbers: dict[Job, int] = {}
-        self._connections: dict[Job, Connection] = {}
-        self._watched: set[int] = set()
+        self._watched: dict[int, str] = {}
         self._devices: Counter[str] = Counter()
         self._last = 0
 
     # -- called by any thread
 
     def start(self, job: Job) -> None:
-        """Launch a job. Raises ConfigError for a backend or a size that cannot be."""
+        """Launch a job. Raises ConfigError for a backend, and ResourceError for a size, that cannot be had."""
         with self._lock:
-            if job.size not in self._backends:
-                self._backends[job.size] = _make(job.size)
-            self._inbox.append((job, 0))
+            job.backend = self._backend_for(job.size)
             self._start()
+            self._inbox.append((job, 0))
         self._waker.wake()
 
     def signal(self, job: Job, number: int) -> None:
@@ -118,9 +121,12 @@ class Jobs:
             self._inbox.append((job, number))
             self._waker.wake()
 
-    def running(self) -> list[Job]:
-        """The jobs that have not ended."""
-        return list(self._jobs.values())
+    def interrupt(self) -> None:
+        """Pass a Ctrl-C on, once, to every process: they are in sessions of their own, where the terminal's does not come."""
+        for job in list(self._jobs.values()):
+            if not job.interrupted:
+                job.interrupted = True
+                self.signal(job, signal.SIGINT)
 
     def close(self) -> None:
         """End every process, the backends and the thread; return when that is done."""
@@ -133,19 +139,35 @@ class Jobs:
 
     def forked(self) -> None:
         """In a forked child: close what is the parent's."""
-        for connection in self._connections.values():
-            connection.stream.close()
+        for job in self._jobs.values():
+            if job.connection is not None:
+                job.connection.stream.close()
         for backend in self._backends.values():
             backend.forked()
         if self._selector is not None:
             self._selector.close()
         self._waker.forked()
 
+    def _backend_for(self, size: Size) -> Backend:
+        shared = self._backend(size._replace(cpu=None, memory=None, gpu=None))
+        if not getattr(shared, "one_pool", False):  # a hint: where there is none, each job can be sized
+            return self._backend(size)
+        asked, has = Resources(size.cpu or 0, size.memory or 0, size.gpu or 0), shared.largest.capacity
+        if asked.cpu > has.cpu or asked.memory > has.memory or asked.gpu > has.gpu:
+            raise ResourceError(f"the process asks for {asked}, but pool {shared.largest.name!r} has no more than {has}")
+        return shared
+
+    def _backend(self, size: Size) -> Backend:
+        backend = self._backends.get(size)
+        if backend is None:
+            backend = self._backends[size] = _make(size)
+        return backend
+
     def _start(self) -> None:
         if self.closed:
             raise RuntimeError("processes cannot be started any more: the program is ending")
         if self._thread is None:
-            selector = selectors.DefaultSelector()
+            selector = selectors.PollSelector()  # epoll would not forget what another thread closes: the hub's listener
             try:
                 selector.register(self._waker.open(), selectors.EVENT_READ)
                 self._selector = selector
@@ -185,6 +207,8 @@ class Jobs:
                     self._write(job)
                 if mask & selectors.EVENT_READ:
                     self._read(job, 16)
+            elif job == "hub":
+                _start_hub()
         self._waker.clear()
         while self._inbox:
             self._do(*self._inbox.popleft())
@@ -196,22 +220,21 @@ class Jobs:
                     self._refused(event)
                 elif isinstance(event, Ended):
                     self._end(self._jobs[event.worker], event.exit)
-        self._follow_backends()
+        self._follow()
 
     def _timeout(self) -> float | None:
         due = [when for backend in list(self._backends.values()) if (when := backend.wakeup()) is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _do(self, job: Job, number: int) -> None:
-        backend = self._backends[job.size]
         if not number:
             self._last += 1
-            self._jobs[self._last] = job
-            self._numbers[job] = self._last
-            backend.launch([self._last])
-        elif job in self._numbers:
+            job.number = self._last
+            self._jobs[job.number] = job
+            job.backend.launch([job.number])
+        elif job.number in self._jobs:
             if job.ready or number == signal.SIGKILL:
-                backend.signal(self._numbers[job], number, False)
+                job.backend.signal(job.number, number, False)
             else:
                 job.waiting.append(number)
 
@@ -220,8 +243,8 @@ class Jobs:
         job.pid, job.host, job.id = event.pid, event.host, event.job
         event.connection.setblocking(False)
         connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
-        self._connections[job] = connection
-        self._selector.register(connection.stream, selectors.EVENT_READ, job)
+        job.connection = connection
+        self._watch(connection.stream, job)
         assert job.task is not None
         setup, buffers = job.setup
         connection.outbox.append((messages.SETUP, setup, buffers))
@@ -245,7 +268,8 @@ class Jobs:
         self._end(job, Exit(None, str(event.error)))
 
     def _write(self, job: Job) -> None:
-        connection = self._connections[job]
+        connection = job.connection
+        assert connection is not None
         mask = selectors.EVENT_READ if connection.write() else selectors.EVENT_READ | selectors.EVENT_WRITE
         try:
             self._selector.modify(connection.stream, mask, job)
@@ -253,52 +277,51 @@ class Jobs:
             pass  # it has closed its end
 
     def _read(self, job: Job, reads: int | None) -> None:
-        connection = self._connections[job]
+        connection = job.connection
+        assert connection is not None
         events, records, ended = connection.receive(reads)
         for record in records:
             _guarded(lambda record=record: logging.getLogger(record.name).handle(record))  # type: ignore[misc]
-        backend = self._backends[job.size]
         for event in events:
             if isinstance(event, ev.WorkerReady):
                 job.ready = True
-                if event.error is not None:
-                    job.error = event.error
-                    job.waiting = [signal.SIGKILL]
-                for number in job.waiting:
-                    backend.signal(self._numbers[job], number, False)
+                job.error = event.error
+                for number in job.waiting if job.error is None else [signal.SIGKILL]:
+                    job.backend.signal(job.number, number, False)
         if ended:
-            try:
-                self._selector.unregister(connection.stream)
-            except (KeyError, ValueError):
-                pass
-            backend.signal(self._numbers[job], signal.SIGKILL, True)  # its end will be reported
+            self._unwatch(connection.stream)
+            job.backend.signal(job.number, signal.SIGKILL, True)  # its end will be reported
 
     def _end(self, job: Job, exit: Exit) -> None:
-        connection = self._connections.get(job)
+        connection = job.connection
         if connection is not None:
             self._read(job, None)
-            try:
-                self._selector.unregister(connection.stream)
-            except (KeyError, ValueError):
-                pass
+            self._unwatch(connection.stream)
             connection.stream.close()
-            del self._connections[job]
-        number = self._numbers.pop(job, 0)
-        self._jobs.pop(number, None)
+            job.connection = None
+        self._jobs.pop(job.number, None)
         self._devices.subtract(job.devices)
-        if job.error is not None:
-            exit = Exit(None, str(job.error))
-        job.finish(exit)
+        job.finish(exit if job.error is None else Exit(None, str(job.error)))
 
-    def _follow_backends(self) -> None:
-        wanted = {fd for backend in list(self._backends.values()) for fd in backend.fds()}
-        for fd in self._watched - wanted:
-            try:
-                self._selector.unregister(fd)
-            except (KeyError, ValueError):
-                pass  # it is closed
-        for fd in wanted - self._watched:
-            self._selector.register(fd, selectors.EVENT_READ)
+    def _watch(self, file: int | Stream, what: Job | str) -> None:
+        self._unwatch(file)  # another with its number, which somebody else has closed
+        self._selector.register(file, selectors.EVENT_READ, what)
+
+    def _unwatch(self, file: int | Stream) -> None:
+        try:
+            self._selector.unregister(file)
+        except (KeyError, ValueError):
+            pass
+
+    def _follow(self) -> None:
+        """Watch the descriptors that the backends have now, and the hub's listener until the hub serves it."""
+        wanted = {fd: "backend" for backend in list(self._backends.values()) for fd in backend.fds()}
+        wanted[_hub.fileno()] = "hub"
+        wanted.pop(-1, None)
+        for fd, _ in self._watched.items() - wanted.items():
+            self._unwatch(fd)
+        for fd, what in wanted.items() - self._watched.items():
+            self._watch(fd, what)
         self._watched = wanted
 
 
@@ -314,6 +337,14 @@ def _make(size: Size) -> Backend:
     if preload is not None:
         preload(PRELOAD)
     return backend
+
+
+def _start_hub() -> None:
+    """A child is the first to use a shared object."""
+    try:
+        _hub.start()
+    except OSError:
+        _hub.close()  # who waits for it hears that
 
 
 def _guarded(call: Callable[[], None]) -> None:
@@ -334,7 +365,8 @@ def get() -> Jobs:
     with _making:
         if _jobs is None or _jobs.closed:
             _jobs = Jobs()
-            util.Finalize(None, close, exitpriority=-100)  # after children have been joined
+            util.Finalize(None, _pass_on_interrupt, exitpriority=100)  # before children are joined,
+            util.Finalize(None, close, exitpriority=-100)  # and after that
         return _jobs
 
 
@@ -345,6 +377,13 @@ def close() -> None:
         jobs, _jobs = _jobs, None
     if jobs is not None:
         jobs.close()
+
+
+def _pass_on_interrupt() -> None:
+    """At the end of the program, if a Ctrl-C ended it; at a prompt it may have been typed long ago."""
+    reason = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    if isinstance(reason, KeyboardInterrupt) and not hasattr(sys, "ps1") and _jobs is not None:
+        _jobs.interrupt()
 
 
 def _in_child() -> None:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from fiberexec import _config
 from fiberexec import _messages as messages
+from fiberexec._hub import launch as hub
 from fiberexec._serialize import dumps, dumps_call
 from fiberexec._stream import Buffer
+from fiberexec.backends.base import Exit
 from fiberexec.mp import _child, _jobs
 from fiberexec.mp.context import standard, util
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 1.0  # seconds that start() waits for a launch, to raise its error
 _RUN = 1  # the number of the child's only function
-_environ = dict(os.environ)  # as the backends know it
+_environ = dict(os.environ)  # as backends may know it already
+_changed: set[str] = set()  # names of what has ever been different since
 
 
 class Popen:
@@ -39,12 +42,14 @@ class Popen:
         finally:
             standard.set_spawning_popen(None)
         call = dumps_call((data, *buffers), {})
+        self._jobs = _jobs.get()
         self._job = job = _jobs.Job(size, _setup(method), lambda devices: _task(*call, devices))
         self.sentinel = job.sentinel
         self._finalizer = util.Finalize(self, os.close, (job.sentinel,))
         try:
-            _jobs.get().start(job)
+            self._jobs.start(job)
         except BaseException:
+            job.finish(Exit())
             self.close()
             raise
         if job.launched.wait(_PATIENCE) and job.pid is None and job.error is not None:
@@ -72,7 +77,11 @@ class Popen:
         if self.poll() is None:
             waiting = select.poll()
             waiting.register(self.sentinel, select.POLLIN)
-            waiting.poll(None if timeout is None else max(0, timeout) * 1000)
+            try:
+                waiting.poll(None if timeout is None else max(0, timeout) * 1000)
+            except KeyboardInterrupt:
+                self._jobs.interrupt()
+                raise
         return self.poll()
 
     def terminate(self) -> None:
@@ -85,7 +94,7 @@ class Popen:
         self._signal(signal.SIGINT)
 
     def _signal(self, number: int) -> None:
-        _jobs.get().signal(self._job, number)
+        self._jobs.signal(self._job, number)
 
     def close(self) -> None:
         self._finalizer()
@@ -104,11 +113,11 @@ class Popen:
 def _setup(method: str | None) -> tuple[bytes, list[Buffer]]:
     """The SETUP frame: see Worker._setup, and prepare() in the child."""
     settings = _config.load()
+    _changed.update(name for name in {*os.environ, *_environ} if os.environ.get(name) != _environ.get(name))
     told = {
         "authkey": bytes(process.current_process().authkey),
-        "environ": {
-            name: os.environ.get(name) for name in {*os.environ, *_environ} if os.environ.get(name) != _environ.get(name)
-        },
+        "hub": tuple(hub.address()),
+        "environ": {name: os.environ.get(name) for name in _changed},
         "interruptible": signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,
         "log_level": util._logger and util._logger.getEffectiveLevel(),
         "log_to_stderr": util._log_to_stderr,

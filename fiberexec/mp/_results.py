@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.pool
 import pickle
 import threading
 from collections import deque
@@ -20,14 +21,30 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Callback = Callable[[Any], object]
 _logger = logging.getLogger("fiberexec")
-_REFUSALS = (pickle.PickleError, TypeError, AttributeError, RemoteTraceback)
+_REFUSALS = (pickle.PickleError, TypeError, AttributeError)
+
+
+class MaybeEncodingError(multiprocessing.pool.MaybeEncodingError, PicklingError):  # type: ignore[misc, name-defined]
+    """A result cannot be sent; the message says which and why. It is fiberexec's PicklingError, and multiprocessing's own."""
+
+    def __init__(self, exc: object, value: object = "the result") -> None:
+        super().__init__(exc, value)
+        self._text = str(exc)
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def _load(what: Any) -> tuple[list[Any], BaseException | None]:
-    """As values_of(). What an argument itself raised while it was pickled is raised as it is, as multiprocessing does."""
+    """As values_of(), but what could not be pickled ends as multiprocessing ends it."""
     values, error = values_of(what)
-    if isinstance(error, PicklingError) and error.__cause__ is not None and not isinstance(error.__cause__, _REFUSALS):
-        error = error.__cause__
+    if isinstance(error, PicklingError):
+        cause = error.__cause__
+        if isinstance(cause, RemoteTraceback):  # it is of the worker
+            error = MaybeEncodingError(error)
+            error.__cause__ = cause
+        elif cause is not None and not isinstance(cause, _REFUSALS):
+            error = cause  # what an argument itself has raised
     return values, error
 
 
@@ -162,16 +179,10 @@ class IMapIterator(ItemSink, Generic[T]):
 
         Raises StopIteration after the last, and ``multiprocessing.TimeoutError`` if none comes for ``timeout`` seconds.
         """
-        with self._arrived:
-            if not self._arrived.wait_for(lambda: self._ready or (self._ended and self._open <= 0), timeout):
-                raise TimeoutError
-            if self._ready:
-                value, error = self._ready.popleft()
-            elif self._error is not None:
-                value, error = None, self._error
-                self._error = None
-            else:
-                raise StopIteration
+        try:
+            value, error = self._ready.popleft()
+        except IndexError:
+            value, error = self._wait(timeout)
         if error is not None:
             try:
                 raise error
@@ -181,6 +192,17 @@ class IMapIterator(ItemSink, Generic[T]):
         return result
 
     __next__ = next
+
+    def _wait(self, timeout: float | None) -> tuple[Any, BaseException | None]:
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: self._ready or (self._ended and self._open <= 0), timeout):
+                raise TimeoutError
+            if self._ready:
+                return self._ready.popleft()
+            error, self._error = self._error, None
+        if error is None:
+            raise StopIteration
+        return None, error
 
     # -- for the thread that sends the items
 

@@ -7,17 +7,22 @@ gathered before it is unpickled: the pickler's pieces go to the kernel as they a
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
 import socket
 import struct
+from functools import partial
 from multiprocessing import BufferTooShort
 from multiprocessing import connection as _standard
 from multiprocessing.connection import wait
+from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fiberexec._serialize import dumps_pieces, loads
+from fiberexec._hub import client, launch
+from fiberexec._hub.wire import HUB
+from fiberexec._serialize import dumps_pieces, loads, register
 
 __all__ = ["Client", "Connection", "ConnectionLost", "Listener", "Pipe", "wait"]
 
@@ -75,6 +80,9 @@ class Connection(_standard.Connection):
         def _check_readable(self) -> None: ...
         def _check_writable(self) -> None: ...
         def _bad_message_length(self) -> NoReturn: ...
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reduce_connection(None, self)
 
     def send(self, obj: Any) -> None:
         """Send an object. Raises ``PicklingError``, and ``OSError`` when the other end has gone."""
@@ -183,6 +191,58 @@ def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
         return Connection(one.detach()), Connection(other.detach())
     reader, writer = os.pipe()
     return Connection(reader, writable=False), Connection(writer, readable=False)
+
+
+# -- travelling: the hub keeps a copy of the descriptor until it is fetched
+
+
+def _deposit(fd: int) -> tuple[int, str, bytes]:
+    """Leave a descriptor with the hub: what fetches it, once."""
+    hub = launch.address()
+    id = client.deposit(fd, hub)
+    # A process that ends before it has fetched the descriptor must not keep others from hearing that it has ended.
+    at_end = getattr(get_spawning_popen(), "at_end", None)
+    if at_end is not None:
+        at_end.append(partial(_discard, id, hub))
+    return id, *hub
+
+
+def _discard(id: int, hub: launch.Address) -> None:
+    try:
+        client.post(hub, ("drop", HUB, (id,)))
+    except OSError:
+        pass  # the hub has gone, and its copy
+
+
+def _fetch(id: int, path: str, token: bytes) -> int:
+    try:
+        return client.fetch(id, launch.Address(path, token))
+    except KeyError:
+        text = "this end of a connection has arrived elsewhere already: what was pickled once is unpickled once"
+        raise OSError(errno.EBADF, text) from None
+
+
+def _make_connection(where: tuple[int, str, bytes], readable: bool, writable: bool) -> Connection:
+    return Connection(_fetch(*where), readable, writable)
+
+
+def _make_socket(where: tuple[int, str, bytes], family: int, kind: int, proto: int) -> socket.socket:
+    return socket.socket(family, kind, proto, _fetch(*where))
+
+
+def _reduce_connection(pickler: Any, plain: Any) -> tuple[object, ...]:
+    return _make_connection, (_deposit(plain.fileno()), plain.readable, plain.writable)
+
+
+def _reduce_socket(pickler: Any, plain: socket.socket) -> tuple[object, ...]:
+    return _make_socket, (_deposit(plain.fileno()), plain.family, plain.type, plain.proto)
+
+
+register(_standard.Connection, _reduce_connection)
+register(socket.socket, _reduce_socket)
+
+
+# -- multiprocessing's listeners
 
 
 def _adopt(plain: Any) -> Connection:

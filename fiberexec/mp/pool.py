@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import util
 from multiprocessing.context import TimeoutError
-from multiprocessing.pool import MaybeEncodingError, ThreadPool  # type: ignore[attr-defined]
+from multiprocessing.pool import ThreadPool
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -32,6 +32,7 @@ from fiberexec.mp._results import (
     IMapIterator,
     IMapUnorderedIterator,
     MapResult,
+    MaybeEncodingError,
 )
 from fiberexec.mp.context import FiberContext, backend_of
 

@@ -40,13 +40,9 @@ class Process(BaseProcess):
         gpu: int | None = None,
     ) -> None:
         super().__init__(group, target, name, args, kwargs, daemon=daemon)
-        asked = None, None, None
-        if (cpu, memory, gpu) != asked:
-            from fiberexec._options import meta
-
-            asked = meta(cpu=cpu, memory=memory, gpu=gpu)(lambda: None).__fiberexec_meta__  # type: ignore[attr-defined]
         given = getattr(self.run if target is None else target, "__fiberexec_meta__", (None, None, None))
-        self._size = tuple(default if value is None else value for value, default in zip(asked, given))
+        asked = _checked(cpu, memory, gpu)
+        self._size: tuple[Any, ...] = tuple(default if value is None else value for value, default in zip(asked, given))
 
     def _Popen(self, process_obj: Process) -> Popen:
         from fiberexec.mp import _jobs, _popen
@@ -84,3 +80,15 @@ class Process(BaseProcess):
         """
         exit = None if self._popen is None else self._popen.job.exit
         return None if exit is None else exit.reason or (None if exit.code is not None else "for a reason that is not known")
+
+
+def _checked(cpu: float | str | None, memory: int | str | None, gpu: int | None) -> tuple[Any, Any, Any]:
+    """Cores, bytes and devices, from what a user may write; None where nothing is asked for."""
+    if cpu is memory is gpu is None:
+        return None, None, None
+    from fiberexec._options import check_int, sizes
+
+    if gpu is not None:
+        check_int("gpu", gpu, 0)
+    found = sizes({"cpu": cpu, "memory": memory})
+    return found["cpu"], found["memory"], gpu

@@ -265,7 +265,8 @@ class _Ends(Handle):
             answer, buffers = client.request(self._hub, message)
             if answer is None:
                 return None
-            consumer.receive(*answer, buffers)
+            number, items = answer
+            consumer.receive(number, items, buffers)
             item = consumer.claim()
         return item
 
@@ -283,7 +284,7 @@ class _Ends(Handle):
         """Whether nothing is there to get."""
         return not self._call("size")
 
-    __class_getitem__ = classmethod(types.GenericAlias)
+    __class_getitem__: Any = classmethod(types.GenericAlias)
 
 
 _live: weakref.WeakSet[_Ends] = weakref.WeakSet()

@@ -263,7 +263,7 @@ class Event(Handle):
         self._adopt((state[0], state[1]))
 
     def __repr__(self) -> str:
-        state = {True: "set", False: "unset"}.get(_or_unknown(self.is_set), "unknown")  # type: ignore[call-overload]
+        state = {True: "set", False: "unset"}.get(_or_unknown(self.is_set), "unknown")
         return f"<{type(self).__qualname__} at {id(self):#x} {state}>"
 
 
