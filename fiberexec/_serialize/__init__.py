@@ -11,6 +11,7 @@ from ._fast import PLAIN, Buffer, PicklingError, dumps, dumps_call, dumps_pieces
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from ._exceptions import RemoteTraceback
@@ -32,6 +33,7 @@ __all__ = [
     "is_plain",
     "load_exception",
     "loads",
+    "register",
 ]
 _LATER = {"RemoteTraceback": "_exceptions", "FunctionTable": "_table", "FunctionRef": "_table"}
 
@@ -52,6 +54,13 @@ def load_exception(data: Buffer) -> BaseException:
     from ._exceptions import load_exception
 
     return load_exception(data)
+
+
+def register(kind: type, reduce: Callable[[Any, Any], Any]) -> None:
+    """Let ``reduce(pickler, obj)`` say how instances of exactly `kind` are pickled, as their ``__reduce__`` would."""
+    from ._reducers import REDUCERS
+
+    REDUCERS[kind] = reduce
 
 
 def __getattr__(name: str) -> Any:

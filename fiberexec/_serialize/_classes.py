@@ -14,7 +14,7 @@ import weakref
 from _thread import RLock
 
 from ._byname import by_name
-from ._fast import PLAIN, PROTOCOL, PicklingError
+from ._fast import PLAIN, PROTOCOL
 from ._identity import adopt, find, is_own, token_of
 
 TYPE_CHECKING = False
@@ -51,7 +51,9 @@ def reduce_class(pickler: Any, cls: type) -> Any:
                 return getattr, (types, alias)
         return NotImplemented
     if any(base.__module__ == "_ctypes" for base in type.mro(type(cls))):
-        raise PicklingError(f"the ctypes type {name} of {module} cannot travel by value: put it into a module")
+        from ._ctypes import reduce_type
+
+        return reduce_type(cls)
     enum = sys.modules.get("enum")
     if enum is not None and isinstance(cls, enum.EnumMeta):
         from ._enums import reduce_enum

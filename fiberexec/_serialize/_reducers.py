@@ -275,6 +275,11 @@ def reduce_other(pickler: Any, obj: Any) -> Any:
         from ._enums import reduce_member
 
         return reduce_member(obj)
+    ctypes = sys.modules.get("_ctypes")
+    if ctypes is not None and isinstance(obj, ctypes._SimpleCData.__base__):
+        from ._ctypes import reduce_instance
+
+        return reduce_instance(obj)
     return NotImplemented
 
 

@@ -95,7 +95,7 @@ def test_what_nobody_should_copy_is_refused_at_once(tmp_path: Path) -> None:
             (LOCK, "lock"), (threading.RLock(), "RLock"), (threading.Condition(), "lock"),
             (file, "TextIOWrapper"),
             (raw, "BufferedReader"), (sock, "socket"), (running, "generator"), (threading.local(), "local"),
-            (ctypes.pointer(ctypes.c_int(1)), "c_int"), (Pointer(b"x"), "Pointer"), (Pointer, "ctypes"),
+            (ctypes.pointer(ctypes.c_int(1)), "c_int"), (Pointer(b"x"), "Pointer"), (ctypes.CFUNCTYPE(None), "ctypes"),
             (threading.current_thread(), "_thread"),
         ]  # fmt: skip
         for value, kind in refused:
