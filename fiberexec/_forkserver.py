@@ -66,6 +66,7 @@ class ForkServer:
         self._stderr.register(2, select.POLLOUT)
         self._driver = os.getppid()
         self._adopting = False
+        self._folder = ""  # to be removed at the end
         self._kills = _platform.memory_kills()
 
     def run(self) -> None:
@@ -93,7 +94,11 @@ class ForkServer:
                         self._mute(child)  # readable and empty: everybody has closed it
 
     def end(self) -> None:
-        """Kill what is left, and what that leaves behind."""
+        """Kill what is left, and remove what that leaves behind."""
+        if self._folder:
+            import shutil
+
+            shutil.rmtree(self._folder, ignore_errors=True)
         for child in self._children.values():
             _kill_group(child.pid)
         deadline = monotonic() + _END_TIMEOUT
@@ -129,6 +134,8 @@ class ForkServer:
                     __import__(name)
                 except Exception:
                     pass  # whoever needs it hears of it
+        elif kind == messages.REMOVE:
+            self._folder = message
 
     def _report(self, kind: int, message: object) -> None:
         self._control.sendall(b"".join(pack(kind, messages.encode(message))))

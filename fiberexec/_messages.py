@@ -30,6 +30,7 @@ LOG = 12  # (task id | 0, logger, level, message, pathname, lineno, function, ex
 FORK = 20  # (worker id, slot of its cell); its descriptor travels beside the frame
 SIGNAL = 21  # (worker id, signal number, whole group)
 PRELOAD = 22  # names of modules to be loaded before the next worker is forked
+REMOVE = 23  # a folder that goes when the fork server does
 # fork server -> driver
 FORKED = 30  # (worker id, pid)
 REFUSED = 31  # (worker id, errno, text)

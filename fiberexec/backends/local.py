@@ -47,6 +47,7 @@ class LocalBackend:
     """See base.Backend. ``cpu``, ``memory`` and ``gpu`` of the settings narrow what tasks are promised of the machine."""
 
     name = "local"
+    one_pool = True  # every process shares the machine: there are no jobs to be sized
     idle_timeout: float | None = None
 
     def __init__(self, settings: Any, max_workers: int | None = None) -> None:
@@ -74,6 +75,7 @@ class LocalBackend:
         self._recalls: deque[tuple[float, int, int]] = deque()  # when the answer is due, worker, number
         self._count = count
         self._preload: tuple[str, ...] = ()
+        self._folder = ""
 
     # -- the contract
 
@@ -151,6 +153,10 @@ class LocalBackend:
         """Load modules once, for all the processes that will be started. To be called before the first launch()."""
         self._preload = modules
 
+    def remove_at_end(self, folder: str) -> None:
+        """Remove a folder when this process has gone, however that comes. To be called before the first launch()."""
+        self._folder = folder
+
     # -- the fork server
 
     def _launch(self, worker: int) -> None:
@@ -209,6 +215,8 @@ class LocalBackend:
         self._cells = _platform.map_cells(cells)
         if self._preload:
             self._tell(messages.PRELOAD, self._preload)
+        if self._folder:
+            self._tell(messages.REMOVE, self._folder)
 
     def _handle(self, frame: Frame) -> None:
         kind, body, _ = frame

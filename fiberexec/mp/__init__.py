@@ -12,23 +12,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from fiberexec.mp.context import AuthenticationError, BufferTooShort, ProcessError, TimeoutError, default_context
-    from fiberexec.mp.managers import AsyncManager
-    from fiberexec.mp.process import Process, active_children, current_process, parent_process
-    from fiberexec.mp.ring import Ring
-
-    Array, Barrier, BoundedSemaphore = default_context.Array, default_context.Barrier, default_context.BoundedSemaphore
-    Condition, Event, JoinableQueue = default_context.Condition, default_context.Event, default_context.JoinableQueue
-    Lock, Manager, Pipe, Pool = default_context.Lock, default_context.Manager, default_context.Pipe, default_context.Pool
-    Queue, RLock, RawArray = default_context.Queue, default_context.RLock, default_context.RawArray
-    RawValue, Semaphore, SimpleQueue = default_context.RawValue, default_context.Semaphore, default_context.SimpleQueue
-    Value, allow_connection_pickling = default_context.Value, default_context.allow_connection_pickling
-    cpu_count, freeze_support = default_context.cpu_count, default_context.freeze_support
-    get_all_start_methods, get_context = default_context.get_all_start_methods, default_context.get_context
-    get_logger, get_start_method = default_context.get_logger, default_context.get_start_method
-    log_to_stderr, reducer = default_context.log_to_stderr, default_context.reducer
-    set_executable, set_forkserver_preload = default_context.set_executable, default_context.set_forkserver_preload
-    set_start_method = default_context.set_start_method
+    from fiberexec.mp.context import AuthenticationError as AuthenticationError
+    from fiberexec.mp.context import BufferTooShort as BufferTooShort
+    from fiberexec.mp.context import ProcessError as ProcessError
+    from fiberexec.mp.context import TimeoutError as TimeoutError
+    from fiberexec.mp.managers import AsyncManager as AsyncManager
+    from fiberexec.mp.process import Process as Process
+    from fiberexec.mp.process import active_children as active_children
+    from fiberexec.mp.process import current_process as current_process
+    from fiberexec.mp.process import parent_process as parent_process
+    from fiberexec.mp.ring import Ring as Ring
 
 _METHODS = (  # of the default context
     "Array", "AuthenticationError", "Barrier", "BoundedSemaphore", "BufferTooShort", "Condition", "Event", "JoinableQueue",

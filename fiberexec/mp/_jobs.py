@@ -333,9 +333,13 @@ def _make(size: Size) -> Backend:
         gpu=settings.gpu if size.gpu is None else size.gpu,
     )
     backend = registry.create(settings.backend, settings, MAX_PROCESSES)
-    preload = getattr(backend, "preload", None)  # a hint: not every backend has a use for it
-    if preload is not None:
-        preload(PRELOAD)
+    hints: dict[str, object] = {"preload": PRELOAD}  # not every backend has a use for them
+    if _hub.fileno() >= 0:  # until the hub runs nobody else would do it if this process were killed
+        hints["remove_at_end"] = os.path.dirname(_hub.address().path)
+    for name, value in hints.items():
+        take = getattr(backend, name, None)
+        if take is not None:
+            take(value)
     return backend
 
 

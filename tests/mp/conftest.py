@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from fiberexec._hub import launch
 from fiberexec.mp import _jobs
 
 
 @pytest.fixture(autouse=True)
 def no_jobs_left(nothing_left_behind: None) -> Iterator[None]:
-    """End the processes that a test has started, and the thread that looks after them."""
+    """End the processes that a test has started, the thread that looks after them, and the hub."""
     yield
     _jobs.close()
+    launch.close()
