@@ -34,7 +34,7 @@ class Handle:
     def _share(self) -> tuple[tuple[str, bytes], int]:
         """What another process needs to know."""
         self._owner = None
-        return tuple(self._hub), self._id
+        return (self._hub.path, self._hub.token), self._id
 
     def _adopt(self, shared: tuple[tuple[str, bytes], int]) -> None:
         address, self._id = shared

@@ -96,9 +96,7 @@ def start() -> None:
                 opened.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10))  # no copy overwrites another's source
                 actions.append((os.POSIX_SPAWN_DUP2, opened[-1], number))
             package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-            program = (
-                f"import sys; sys.path.insert(0, {package!r}); from fiberexec._hub.server import main; main(3, 4)"
-            )
+            program = f"import sys; sys.path.insert(0, {package!r}); from fiberexec._hub.server import main; main(3, 4)"
             arguments = [sys.executable, "-I", "-S", "-c", program]
             os.write(lifeline, _address.token)
             _pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions)

@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from _collections import OrderedDict
+from collections import OrderedDict
 from functools import partial
 from threading import BrokenBarrierError
 from typing import TYPE_CHECKING, Any

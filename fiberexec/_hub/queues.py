@@ -17,7 +17,7 @@ Rules:
 
 from __future__ import annotations
 
-from _collections import OrderedDict, deque  # type: ignore[attr-defined]
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from functools import partial
 from time import monotonic

@@ -18,7 +18,7 @@ import select
 import signal
 import sys
 import traceback
-from _operator import _compare_digest  # type: ignore[attr-defined]
+from _operator import _compare_digest
 from _socket import SO_SNDBUF, SOL_SOCKET, socket
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -191,7 +191,7 @@ class Hub(Shared):
     def _accept(self) -> None:
         for _ in range(_ACCEPTS):
             try:
-                fd, _ = self._listener._accept()
+                fd, _ = self._listener._accept()  # type: ignore[attr-defined]
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:

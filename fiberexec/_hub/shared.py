@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _collections import OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from time import monotonic
 from typing import TYPE_CHECKING, Any
