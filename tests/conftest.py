@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -23,9 +24,15 @@ OURS = (
 
 faulthandler.enable()
 
+# A folder of our own for temporary files: what other programs leave in theirs is not ours to find.
+FOLDER = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
 
 # A shell that runs the tests in the background makes them ignore Ctrl-C, and so all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 def _children() -> dict[str, str]:
