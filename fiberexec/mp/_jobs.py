@@ -289,8 +289,7 @@ class Jobs:
                 for number in job.waiting if job.error is None else [signal.SIGKILL]:
                     job.backend.signal(job.number, number, False)
         if ended:
-            self._unwatch(connection.stream)
-            job.backend.signal(job.number, signal.SIGKILL, True)  # its end will be reported
+            self._unwatch(connection.stream)  # its end will be reported, unless the child has only closed what it found open
 
     def _end(self, job: Job, exit: Exit) -> None:
         connection = job.connection

@@ -208,10 +208,22 @@ class SpawnProcess(Process):
     _method = "spawn"
 
 
+class SpawnContext(FiberContext):
+    """The context "spawn"."""
+
+    Process = SpawnProcess
+
+
 class ForkProcess(Process):
     """A process of the context "fork"."""
 
     _method = "fork"
+
+
+class ForkContext(FiberContext):
+    """The context "fork"."""
+
+    Process = ForkProcess
 
 
 class ForkServerProcess(Process):
@@ -220,21 +232,29 @@ class ForkServerProcess(Process):
     _method = "forkserver"
 
 
-_contexts: dict[str, FiberContext] = {}
-_CLASSES: dict[str, type[Process]] = {"spawn": SpawnProcess, "fork": ForkProcess, "forkserver": ForkServerProcess}
+class ForkServerContext(FiberContext):
+    """The context "forkserver"."""
+
+    Process = ForkServerProcess
+
+
+_contexts: dict[str, FiberContext] = {
+    "spawn": SpawnContext("spawn"),
+    "fork": ForkContext("fork"),
+    "forkserver": ForkServerContext("forkserver"),
+}
 
 
 def get_context(method: str) -> FiberContext:
     """The context of a start method; the same each time. Raises ValueError for one that there is not."""
     context = _contexts.get(method)
     if context is None:
-        if method not in METHODS:
-            from fiberexec.backends import registry
+        from fiberexec.backends import registry
 
-            if method not in registry.names():
-                raise ValueError(f"cannot find context for {method!r}")
+        if method not in registry.names():
+            raise ValueError(f"cannot find context for {method!r}")
         context = FiberContext(method)
-        context.Process = _CLASSES.get(method) or _process_class(method)
+        context.Process = _process_class(method)
         context = _contexts.setdefault(method, context)
     return context
 
@@ -255,4 +275,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-default_context = DefaultContext()
+default_context: DefaultContext = DefaultContext()
