@@ -138,7 +138,10 @@ class ForkServer:
             self._folder = message
 
     def _report(self, kind: int, message: object) -> None:
-        self._control.sendall(b"".join(pack(kind, messages.encode(message))))
+        try:
+            self._control.sendall(b"".join(pack(kind, messages.encode(message))))
+        except OSError:
+            pass  # the driver has gone, as run() is about to see
 
     def _fork(self, worker: int, slot: int) -> None:
         fd = self._sockets.popleft()
