@@ -218,8 +218,7 @@ class IMapIterator(ItemSink, Generic[T]):
         with self._arrived:
             self._ended = True
             self._error = self._error or error
-            self._manager = None
-            self._arrived.notify_all()
+            self._settle()
 
     # -- the sink
 
@@ -240,9 +239,14 @@ class IMapIterator(ItemSink, Generic[T]):
                 self._sort()
             else:
                 self._ready += outcomes
-            self._arrived.notify_all()
+            self._settle()
             if 2 * self._open <= self._most:
                 self._room.notify()
+
+    def _settle(self) -> None:
+        if self._ended and self._open <= 0:
+            self._manager = None
+        self._arrived.notify_all()
 
     def _sort(self) -> None:
         """Make ready what comes next."""

@@ -10,6 +10,7 @@ an item whose result has arrived never runs again, and nobody waits for what wil
 from __future__ import annotations
 
 import functools
+import multiprocessing.pool
 import threading
 import time
 import warnings
@@ -23,7 +24,6 @@ from typing import Any, NoReturn, TypeVar
 
 from fiberexec import _map
 from fiberexec._serialize import RemoteTraceback
-from fiberexec._stats import WorkerInfo
 from fiberexec.executor import FiberExecutor
 from fiberexec.mp._results import (
     ApplyResult,
@@ -57,7 +57,10 @@ AHEAD_BYTES = 1 << 24  # and bytes of them; but always enough for every worker
 _START_TIMEOUT = 60.0  # seconds
 
 
-class Pool:
+_Standard: Any = multiprocessing.pool.Pool
+
+
+class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries ask what a pool is an instance of
     """A pool of processes, as ``multiprocessing.pool.Pool``, wherever the backend puts them.
 
     - ``processes``: how many workers; by default as many as ``FiberExecutor`` takes.
@@ -324,13 +327,13 @@ class Pool:
 
     @property
     def _pool(self) -> list[_Member]:
-        """The workers that are there, for programs that look at them; where they start at once, all of them."""
+        """The workers, for programs that look at them. Where they start at once, wait for them; others may have no pid."""
         deadline = time.monotonic() + _START_TIMEOUT
         while True:
-            members = [_Member(self._executor, info) for info in self._executor.workers() if info.pid]
-            enough = len(members) >= self._processes or not self._executor.starts_at_once
-            if enough or self._state != RUN or time.monotonic() > deadline:
-                return members
+            pids = [info.pid for info in self._executor.workers() if info.pid]
+            lacking = self._processes - len(pids)
+            if lacking <= 0 or not self._executor.starts_at_once or self._state != RUN or time.monotonic() > deadline:
+                return [_Member(self._executor, pid) for pid in [*pids, *[None] * lacking]]
             time.sleep(0.005)
 
     def _repopulate_pool(self) -> None:
@@ -356,14 +359,13 @@ class _Member:
 
     daemon = True
 
-    def __init__(self, executor: FiberExecutor, info: WorkerInfo) -> None:
+    def __init__(self, executor: FiberExecutor, pid: int | None) -> None:
         self._executor = executor
-        self._id = info.id
-        self.pid = self.ident = info.pid
-        self.name = f"PoolWorker-{info.id}"
+        self.pid = self.ident = pid  # None: it has not started
+        self.name = f"PoolWorker-{pid}"
 
     def is_alive(self) -> bool:
-        return any(info.id == self._id for info in self._executor.workers())
+        return self.pid is not None and any(info.pid == self.pid for info in self._executor.workers())
 
 
 def _checked(chunksize: int) -> int:
