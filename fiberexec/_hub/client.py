@@ -64,6 +64,7 @@ _key = os.urandom(KEY_SIZE)  # of this process
 _numbers = itertools.count(1)
 _channels: set[_Channel] = set()  # all that are open
 _idle: dict[bytes, list[_Channel]] = {}  # by the hub's token
+_interrupted: dict[_Channel, None] = {}  # in a call
 _later: deque[tuple[Address, bytes]] = deque()  # bodies that go out before the next call
 
 
@@ -86,10 +87,11 @@ def request(hub: Address, message: tuple[str, int, tuple[Any, ...]], buffers: Bu
         channel.close()
         _lost(hub, error)
     except BaseException:
-        _replace(channel)
+        _interrupted[channel] = None
+        _take_back()
         raise
     channel.seen += 1
-    _idle[hub.token].append(channel)
+    _give_back(channel)
     if kind == ERROR:
         name, args = value
         raise ERRORS[name](*args)
@@ -105,9 +107,10 @@ def post(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
         channel.close()
         _lost(hub, error)
     except BaseException:
-        _replace(channel)
+        _interrupted[channel] = None
+        _take_back()
         raise
-    _idle[hub.token].append(channel)
+    _give_back(channel)
 
 
 def post_later(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
@@ -143,27 +146,21 @@ def discard(id: int, hub: Address | None = None) -> None:
     post_later(hub or launch.address(), ("drop", HUB, (id,)))
 
 
-def close() -> None:
-    """Close this process' connections; the root's hub ends. What is called next starts another one."""
-    for channel in list(_channels):
-        channel.close()
-    _idle.clear()
-    _later.clear()
-    launch.close()
-
-
 # -- connections
 
 
 def _take(hub: Address) -> _Channel:
+    if _interrupted:
+        _take_back()
     try:
-        channel = _idle[hub.token].pop()
-    except KeyError:
-        _idle.setdefault(hub.token, [])
-        channel = _Channel(hub)
-    except IndexError:
-        channel = _Channel(hub)
-    return channel
+        return _idle[hub.token].pop()
+    except (KeyError, IndexError):
+        return _Channel(hub)
+
+
+def _give_back(channel: _Channel) -> None:
+    if channel in _channels:  # it may have been closed meanwhile
+        _idle.setdefault(channel.hub.token, []).append(channel)
 
 
 def _say(channel: _Channel, kind: int, message: tuple[str, int, tuple[Any, ...]], buffers: Buffers) -> None:
@@ -177,17 +174,19 @@ def _say(channel: _Channel, kind: int, message: tuple[str, int, tuple[Any, ...]]
     channel.stream.send(kind, encode(message), buffers)  # type: ignore[arg-type]
 
 
-def _replace(channel: _Channel) -> None:
-    """After an interrupt nobody knows what a connection has sent and received."""
-    try:
-        fresh = _Channel(channel.hub, replaces=channel)
-        fresh.stream.send(REQUEST, encode(("ping", HUB, ())))
-        fresh.stream.receive_one()
-        fresh.seen = 1
-        _idle[channel.hub.token].append(fresh)
-    except (OSError, EOFError):
-        pass  # the hub has gone
-    channel.close()
+def _take_back() -> None:
+    """After an interrupt nobody knows what a connection has sent and received. Interrupted again, the next call does it."""
+    for channel in list(_interrupted):
+        try:
+            fresh = _Channel(channel.hub, replaces=channel)
+            fresh.stream.send(REQUEST, encode(("ping", HUB, ())))
+            fresh.stream.receive_one()
+            fresh.seen = 1
+            _give_back(fresh)
+        except (OSError, EOFError):
+            pass  # the hub has gone
+        channel.close()
+        _interrupted.pop(channel, None)
 
 
 def _with_fd(hub: Address, message: tuple[str, int, tuple[Any, ...]], fd: int) -> tuple[Any, list[int]]:
@@ -226,13 +225,19 @@ def _lost(hub: Address, error: BaseException) -> NoReturn:
     ) from error
 
 
-def _in_child() -> None:
-    global _key
-    _key = os.urandom(KEY_SIZE)
+def _disconnect() -> None:
     for channel in list(_channels):
         channel.close()
     _idle.clear()
+    _interrupted.clear()
     _later.clear()
 
 
+def _in_child() -> None:
+    global _key
+    _key = os.urandom(KEY_SIZE)
+    _disconnect()
+
+
+launch.at_close.append(_disconnect)
 os.register_at_fork(after_in_child=_in_child)

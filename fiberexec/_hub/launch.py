@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from _socket import AF_UNIX, SOCK_STREAM, socket
+from collections.abc import Callable
 from time import monotonic, sleep
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ _address: Address | None = None
 _listener: socket | None = None  # in the root, while the hub is reserved and not started
 _pid = 0  # of the hub, in the root
 _lifeline = -1  # the hub ends when its last copy is closed
+at_close: list[Callable[[], None]] = []  # called before the hub is ended
 
 
 def address() -> Address:
@@ -112,9 +114,11 @@ def start() -> None:
 
 
 def close() -> None:
-    """End this program's hub if this is the root process; then there is none until it is needed again."""
+    """Close what this process has open to hubs, and end the program's if this is the root; the next call starts another."""
     global _address, _listener, _pid, _lifeline
     with _lock:
+        for each in at_close:
+            each()
         if _listener is not None and _address is not None:
             _listener.close()
             remove_folder(_address.path)

@@ -127,7 +127,7 @@ class Hub(Shared):
             self._poller: Any = epoll
         else:
             self._poller = poller = select.poll()
-            self._poll = lambda seconds: poller.poll(seconds * 1000)
+            self._poll = lambda seconds: poller.poll(int(seconds * 1000) + (seconds > 0))
         self._poller.register(listener, _IN)
         self._poller.register(lifeline, _IN)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from fiberexec import _platform
 from fiberexec._errors import HubFull, HubLost
-from fiberexec._hub import client
+from fiberexec._hub import client, launch
 from fiberexec._hub.handle import Handle
 from fiberexec._hub.launch import Address
 from fiberexec._hub.wire import CELLS, CLAIMED, DONE, HUB, RECALLED
@@ -481,4 +481,5 @@ def _in_child() -> None:
         queue._after_fork()
 
 
+launch.at_close.append(_all_cells.clear)
 os.register_at_fork(after_in_child=_in_child)

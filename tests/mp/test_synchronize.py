@@ -1,0 +1,470 @@
+"""Locks, semaphores, conditions, events, barriers: multiprocessing's promises, in threads and in processes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fiberexec import FiberExecutor, mp
+
+LIMIT = 30.0  # seconds after which a test that waits gives up
+SHORT = 0.05  # seconds that something is given to happen which must not
+
+
+def process(target: Callable[..., object], *args: Any) -> mp.Process:
+    started = mp.Process(target=target, args=args)
+    started.start()
+    return started
+
+
+def ended(*processes: mp.Process) -> list[int | None]:
+    for each in processes:
+        each.join(LIMIT)
+    return [each.exitcode for each in processes]
+
+
+def thread(target: Callable[..., object], *args: Any) -> threading.Thread:
+    started = threading.Thread(target=target, args=args)
+    started.start()
+    return started
+
+
+def eventually(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def hold(lock: Any, held: Any, until: Any) -> None:
+    with lock:
+        held.set()
+        until.wait(LIMIT)
+
+
+# -- locks
+
+
+@pytest.mark.parametrize("kind", ["Lock", "RLock", "Semaphore", "BoundedSemaphore"])
+def test_what_one_process_holds_another_waits_for(kind: str) -> None:
+    lock, held, until = getattr(mp, kind)(), mp.Event(), mp.Event()
+    holder = process(hold, lock, held, until)
+    assert held.wait(LIMIT)
+    assert lock.acquire(False) is False
+    assert lock.acquire(timeout=SHORT) is False
+    until.set()
+    assert lock.acquire(timeout=LIMIT) is True
+    lock.release()
+    assert ended(holder) == [0]
+
+
+def test_a_lock_is_not_recursive_and_any_thread_may_release_it() -> None:
+    lock = mp.Lock()
+    assert lock.acquire() and not lock.acquire(False)
+    thread(lock.release).join()
+    assert lock.acquire(False)
+    lock.release()
+
+
+def test_releasing_a_lock_that_is_free_is_refused() -> None:
+    lock, bounded = mp.Lock(), mp.BoundedSemaphore(2)
+    with pytest.raises(ValueError, match="too many times"):
+        lock.release()
+    with pytest.raises(ValueError, match="too many times"):
+        bounded.release()
+
+
+def test_an_rlock_is_released_as_often_as_acquired_by_its_thread_alone() -> None:
+    lock = mp.RLock()
+    for _ in range(3):
+        assert lock.acquire()
+    refused: list[bool] = []
+    thread(lambda: refused.append(lock.acquire(False))).join()
+    assert refused == [False]
+    for _ in range(3):
+        lock.release()
+    with pytest.raises(AssertionError, match="not owned"):
+        lock.release()
+    got: list[bool] = []
+    thread(lambda: (got.append(lock.acquire(False)), lock.release())).join()
+    assert got == [True]
+
+
+def test_a_release_is_seen_by_whoever_hears_of_it() -> None:
+    """A release is not answered; still nobody who was told of it afterwards finds the lock taken."""
+    lock, turns = mp.Lock(), [threading.Event() for _ in range(400)]
+    failed: list[int] = []
+
+    def other() -> None:
+        for number, turn in enumerate(turns):
+            if number % 2 == 1:
+                turn.wait(LIMIT)
+                if not lock.acquire(False):
+                    failed.append(number)
+                else:
+                    lock.release()
+                if number + 1 < len(turns):
+                    turns[number + 1].set()
+
+    helper = thread(other)
+    for number in range(0, len(turns), 2):
+        if number:
+            turns[number].wait(LIMIT)
+        if not lock.acquire(False):
+            failed.append(number)
+        else:
+            lock.release()
+        turns[number + 1].set()
+    helper.join()
+    assert not failed
+
+
+def test_semaphores_count() -> None:
+    semaphore = mp.Semaphore(2)
+    assert semaphore.acquire() and semaphore.acquire() and not semaphore.acquire(False)
+    assert semaphore.get_value() == 0
+    for _ in range(3):
+        semaphore.release()
+    assert semaphore.get_value() == 3
+    assert repr(semaphore) == "<Semaphore(value=3)>"
+    assert repr(mp.BoundedSemaphore(4)) == "<BoundedSemaphore(value=4, maxvalue=4)>"
+    with pytest.raises(OSError):
+        mp.Semaphore(-1)
+
+
+def test_repr_says_who_owns_a_lock() -> None:
+    lock, held, until = mp.Lock(), mp.Event(), mp.Event()
+    assert repr(lock) == "<Lock(owner=None)>"
+    with lock:
+        assert repr(lock) == "<Lock(owner=MainProcess)>"
+        seen: list[str] = []
+        thread(lambda: seen.append(repr(lock))).join()
+        assert seen == ["<Lock(owner=SomeOtherThread)>"]
+    holder = process(hold, lock, held, until)
+    held.wait(LIMIT)
+    assert repr(lock) == "<Lock(owner=SomeOtherProcess)>"
+    until.set()
+    ended(holder)
+    recursive = mp.RLock()
+    assert repr(recursive) == "<RLock(None, 0)>"
+    with recursive, recursive:
+        assert repr(recursive) == "<RLock(MainProcess, 2)>"
+
+
+def test_waiting_with_a_timeout_takes_about_that_long() -> None:
+    lock = mp.Lock()
+    lock.acquire()
+    began = time.monotonic()
+    assert not lock.acquire(timeout=0.2)
+    assert 0.2 <= time.monotonic() - began < 5
+    assert not lock.acquire(True, -1)
+    lock.release()
+
+
+def add(lock: Any, path: Path, count: int) -> None:
+    for _ in range(count):
+        with lock:
+            path.write_text(str(int(path.read_text()) + 1))
+
+
+def test_a_lock_excludes(tmp_path: Path) -> None:
+    lock, path = mp.Lock(), tmp_path / "count"
+    path.write_text("0")
+    assert ended(*(process(add, lock, path, 300) for _ in range(3))) == [0, 0, 0]
+    assert path.read_text() == "900"
+
+
+# -- how handles travel and end
+
+
+def test_handles_travel_in_queues_and_results() -> None:
+    queue, lock = mp.Queue(), mp.Lock()
+    queue.put((queue, lock))
+    same, also = queue.get()
+    same.put("hello")
+    assert queue.get() == "hello"
+    with lock:
+        assert not also.acquire(False)
+    with FiberExecutor(1) as executor:
+        made = executor.submit(lambda: mp.Event()).result()
+        executor.submit(made.set).result()
+        assert made.is_set()
+
+
+def test_an_object_that_was_never_pickled_goes_with_its_handle() -> None:
+    lock = mp.Lock()
+    data = pickle.dumps(lock)
+    copy = pickle.loads(data)
+    del lock
+    with copy:  # it was pickled: it stays
+        pass
+    lock = mp.Lock()
+    state = lock._hub, lock._id
+    del lock
+    ghost = mp.Lock()
+    ghost._hub, ghost._id, ghost._owner = *state, None
+    with pytest.raises(KeyError, match="last handle has gone"):
+        ghost.acquire()
+
+
+# -- conditions
+
+
+def test_a_notification_wakes_as_many_as_it_says() -> None:
+    condition, sleeping, woken = mp.Condition(), mp.Semaphore(0), mp.Semaphore(0)
+
+    def sleep() -> None:
+        with condition:
+            sleeping.release()
+            assert condition.wait(LIMIT)
+            woken.release()
+
+    sleepers: list[Any] = [process(sleep) for _ in range(2)] + [thread(sleep) for _ in range(2)]
+    for _ in sleepers:
+        assert sleeping.acquire(timeout=LIMIT)
+    with condition:
+        condition.notify()
+    eventually(lambda: woken.get_value() == 1)
+    with condition:
+        condition.notify(2)
+    eventually(lambda: woken.get_value() == 3)
+    with condition:
+        condition.notify_all()
+    for each in sleepers:
+        each.join(LIMIT)
+    assert woken.get_value() == 4
+
+
+def test_wait_gives_back_a_lock_that_is_held_more_than_once() -> None:
+    condition = mp.Condition()
+
+    def notify() -> None:
+        with condition:
+            condition.notify()
+
+    with condition, condition:
+        helper = thread(notify)
+        assert condition.wait(LIMIT)
+        assert condition._lock._count() == 2
+    helper.join()
+    assert condition.acquire(False)
+    condition.release()
+
+
+def test_a_wait_that_ends_by_its_time_holds_the_lock() -> None:
+    condition = mp.Condition(mp.Lock())
+    with condition:
+        assert condition.wait(0) is False
+        assert condition.wait(SHORT) is False
+        assert condition.wait_for(lambda: False, SHORT) is False
+        refused: list[bool] = []
+        thread(lambda: refused.append(condition.acquire(False))).join()
+        assert refused == [False]
+    assert condition.wait_for.__self__ is condition
+    with condition:
+        assert condition.wait_for(lambda: 7) == 7
+
+
+def test_who_does_not_hold_the_lock_may_not_wait_nor_notify() -> None:
+    condition = mp.Condition()
+    with pytest.raises(AssertionError, match="must acquire"):
+        condition.wait()
+    with pytest.raises(AssertionError, match="not owned"):
+        condition.notify()
+
+
+# -- events
+
+
+def test_an_event_wakes_all_and_can_be_cleared() -> None:
+    event, count = mp.Event(), mp.Semaphore(0)
+
+    def wait() -> None:
+        if event.wait(LIMIT):
+            count.release()
+
+    waiting: list[Any] = [process(wait), thread(wait)]
+    assert not event.is_set() and not event.wait(0) and not event.wait(SHORT)
+    event.set()
+    for each in waiting:
+        each.join(LIMIT)
+    assert count.get_value() == 2
+    assert event.is_set() and event.wait() and event.wait(0)
+    assert repr(event).endswith(" set>")
+    event.clear()
+    assert not event.is_set()
+
+
+# -- barriers
+
+
+def passes(barrier: Any, queue: Any, rounds: int) -> None:
+    for _ in range(rounds):
+        queue.put(barrier.wait(LIMIT))
+
+
+def test_a_barrier_lets_all_pass_with_a_number_each() -> None:
+    barrier, queue = mp.Barrier(3), mp.Queue()
+    others = [process(passes, barrier, queue, 5) for _ in range(2)]
+    passes(barrier, queue, 5)
+    assert ended(*others) == [0, 0]
+    assert sorted(queue.get(timeout=LIMIT) for _ in range(15)) == [0] * 5 + [1] * 5 + [2] * 5
+    assert (barrier.parties, barrier.n_waiting, barrier.broken) == (3, 0, False)
+
+
+def test_the_action_runs_once_before_anybody_passes() -> None:
+    queue = mp.SimpleQueue()
+    barrier = mp.Barrier(2, action=lambda: queue.put("action"))
+
+    def party() -> None:
+        barrier.wait(LIMIT)
+        queue.put("passed")
+
+    others = [process(party), process(party)]
+    assert ended(*others) == [0, 0]
+    assert [queue.get() for _ in range(3)] == ["action", "passed", "passed"]
+
+
+def test_an_action_that_raises_breaks_the_barrier() -> None:
+    barrier = mp.Barrier(2, action=lambda: 1 / 0)
+    broken: list[bool] = []
+
+    def party() -> None:
+        try:
+            barrier.wait(LIMIT)
+        except threading.BrokenBarrierError:
+            broken.append(True)
+        except ZeroDivisionError:
+            broken.append(False)
+
+    others = [thread(party), thread(party)]
+    for each in others:
+        each.join(LIMIT)
+    assert sorted(broken) == [False, True]
+    assert barrier.broken
+
+
+def test_a_timeout_an_abort_and_a_reset_are_heard_by_all_who_wait() -> None:
+    barrier = mp.Barrier(3, timeout=LIMIT)
+    heard = mp.Semaphore(0)
+
+    def party() -> None:
+        try:
+            barrier.wait()
+        except threading.BrokenBarrierError:
+            heard.release()
+
+    for end in (barrier.abort, lambda: pytest.raises(threading.BrokenBarrierError, barrier.wait, SHORT), barrier.reset):
+        if barrier.broken:
+            barrier.reset()
+        other = thread(party)
+        eventually(lambda: barrier.n_waiting == 1)
+        end()
+        other.join(LIMIT)
+        assert heard.acquire(False)
+    assert not barrier.broken
+    with pytest.raises(ValueError):
+        mp.Barrier(0)
+
+
+# -- interrupts
+
+
+class Interrupt(Exception):
+    """Raised by a signal's handler."""
+
+
+@pytest.fixture
+def interrupted(request: pytest.FixtureRequest) -> Any:
+    """Calls a function that blocks, and interrupts it once ``when()`` is true."""
+
+    def handler(number: int, frame: object) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGUSR1, handler)
+
+    def call(function: Callable[[], object], when: Callable[[], object]) -> None:
+        main = threading.get_ident()
+
+        def interrupt() -> None:
+            eventually(when)
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+        helper = thread(interrupt)
+        with pytest.raises(Interrupt):
+            function()
+        helper.join()
+
+    yield call
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_interrupted_wait_takes_nothing(interrupted: Any) -> None:
+    lock, queue, event = mp.Lock(), mp.Queue(), mp.Event()
+    lock.acquire()
+    pause = time.monotonic() + SHORT
+    interrupted(lock.acquire, lambda: time.monotonic() > pause)
+    interrupted(queue.get, lambda: time.monotonic() > pause + SHORT)
+    interrupted(event.wait, lambda: time.monotonic() > pause + 2 * SHORT)
+    lock.release()
+    assert lock.acquire(False)
+    queue.put(1)
+    assert queue.get(timeout=LIMIT) == 1
+
+
+def test_an_interrupted_wait_at_a_condition_holds_the_lock(interrupted: Any) -> None:
+    condition = mp.Condition()
+    with condition:
+        interrupted(condition.wait, lambda: condition._call("sleepers") == 1)
+        assert condition._lock._is_mine()
+        refused: list[bool] = []
+        thread(lambda: refused.append(condition.acquire(False))).join()
+        assert refused == [False]
+    assert condition.acquire(False)
+    condition.release()
+
+
+def test_an_interrupt_breaks_no_lock_whenever_it_comes() -> None:
+    """Interrupts at moments that nobody chose: afterwards the lock is free, and works."""
+    lock = mp.Lock()
+    stop = threading.Event()
+    raised = 0
+    main = threading.get_ident()
+
+    def handler(number: int, frame: Any) -> None:
+        if frame is not None and frame.f_code.co_filename.endswith(("client.py", "_stream.py")):
+            raise Interrupt
+
+    def disturb() -> None:
+        while not stop.wait(0.001):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    helper = thread(disturb)
+    try:
+        for _ in range(300):
+            try:
+                if lock.acquire(timeout=LIMIT):
+                    lock.release()
+                else:
+                    pytest.fail("the lock was lost")
+            except Interrupt:
+                raised += 1
+                if lock._depth > 0:
+                    lock._depth = 0
+                if lock._get_value() == 0:  # the interrupt came between the release's bookkeeping and its message
+                    lock._call("release")
+    finally:
+        stop.set()
+        helper.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert lock.acquire(False)
+    assert raised or os.cpu_count() == 1
