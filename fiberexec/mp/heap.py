@@ -2,14 +2,13 @@
 
 The files stand in the hub's folder, which nobody else may enter and which goes with the program. A block that was never
 pickled is free again when its object goes; one that was pickled stays until the program ends, since a handle may be on its
-way anywhere. Where in its files there is room is for multiprocessing's heap to find.
+way anywhere. Large blocks have files of their own; small ones share files, in which multiprocessing's heap finds room.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 import weakref
 from multiprocessing import heap as _standard
 from multiprocessing import util
@@ -20,27 +19,23 @@ from fiberexec._hub import launch
 
 __all__ = ["Arena", "Block", "Heap"]
 
+_LARGE = 1 << 16  # bytes
+
 
 class Arena:
-    """A mapped file of ``size`` bytes: a new one, which goes with this object unless it is pinned, or that at ``path``."""
+    """A mapped file of ``size`` bytes. One that is ``new`` goes with this object, unless it is pinned."""
 
-    def __init__(self, size: int, path: str | None = None) -> None:
+    def __init__(self, path: str, size: int, new: bool = False) -> None:
+        self.path = path
         self.size = size
-        self._unlink: Any = None
-        if path is None:
-            folder = os.path.dirname(launch.address().path)
-            launch.start()  # the hub removes the folder even if this process is killed
-            fd, path = tempfile.mkstemp(prefix="memory-", dir=folder)
-            self._unlink = util.Finalize(self, os.unlink, (path,), exitpriority=-100)
-        else:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
+        self._unlink: Any = util.Finalize(self, os.unlink, (path,), exitpriority=-90) if new else None
         try:
-            if self._unlink is not None:
+            if new:
                 _allocate(fd, size, path)
             self.buffer = mmap.mmap(fd, size)
         finally:
             os.close(fd)
-        self.path = path
         _arenas[path] = self
 
     def pin(self) -> None:
@@ -50,6 +45,12 @@ class Arena:
 
 
 _arenas: weakref.WeakValueDictionary[str, Arena] = weakref.WeakValueDictionary()  # that this process has mapped, by path
+
+
+def _new_arena(size: int) -> Arena:
+    folder = os.path.dirname(launch.address().path)
+    launch.start()  # the hub removes its folder, even if this process is killed
+    return Arena(os.path.join(folder, f"memory-{os.urandom(8).hex()}"), size, new=True)
 
 
 def _allocate(fd: int, size: int, path: str) -> None:
@@ -69,29 +70,56 @@ class Heap(_standard.Heap):
 
     _size: int
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.hub = launch.address()
+
     def _new_arena(self, size: int) -> tuple[Arena, int, int]:
         length = max(self._size, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         self._size = min(2 * self._size, _standard.Heap._DOUBLE_ARENA_SIZE_UNTIL)  # type: ignore[attr-defined]
-        arena = Arena(length)
+        arena = _new_arena(length)
         self._arenas.append(arena)  # type: ignore[attr-defined]
         return arena, 0, length
+
+
+_heap: Heap | None = None
+
+
+def _present_heap() -> Heap:
+    global _heap
+    heap = _heap
+    if heap is None or heap.hub != launch.address():
+        heap = _heap = Heap()
+    return heap
+
+
+def forget() -> None:
+    """Use what is there no more for what is made from now on: after a fork both sides may hold it."""
+    global _heap
+    _heap = None
+
+
+os.register_at_fork(before=forget)
 
 
 class Block:
     """``size`` bytes of shared memory, not initialized. It can be pickled at any time and arrives as the same memory."""
 
-    _heap = Heap()
+    _free: Any = None  # gives the memory back to its heap
 
     def __init__(self, size: int) -> None:
-        block: Any = self._heap.malloc(size)
+        if size >= _LARGE:
+            self._place(_new_arena(size), 0, size)
+            return
+        heap = _present_heap()
+        block: Any = heap.malloc(size)
         self._place(block[0], block[1], size)
-        self._free: Any = util.Finalize(self, self._heap.free, (block,))
+        self._free = util.Finalize(self, heap.free, (block,))
 
     def _place(self, arena: Arena, start: int, size: int) -> None:
         self._arena = arena
         self._start = start
         self.size = size
-        self._free = None
 
     @property
     def memory(self) -> memoryview:
@@ -101,13 +129,13 @@ class Block:
     def __reduce__(self) -> tuple[object, ...]:
         if self._free is not None:
             self._free.cancel()
-            self._arena.pin()
+        self._arena.pin()
         return _attach, (self._arena.path, self._arena.size, self._start, self.size, _platform.host_name())
 
 
 def _attach(path: str, whole: int, start: int, size: int, host: str) -> Block:
     try:
-        arena = _arenas.get(path) or Arena(whole, path)
+        arena = _arenas.get(path) or Arena(path, whole)
     except FileNotFoundError:
         here = _platform.host_name()
         if here == host:
