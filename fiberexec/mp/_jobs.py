@@ -6,7 +6,8 @@
 
 Rules:
 - A job is launched once, and its one task sent once: nothing that has started ever runs again.
-- Signals other than SIGKILL wait until the child is ready: then it dies of them as a program of its own would.
+- Signals other than SIGKILL wait until the child is ready: then it dies of them as a program of its own would. SIGTERM
+  and SIGKILL give a launch up that has not come to anything yet.
 - What a child has sent is read before its end is told.
 - A forked child forgets all of it and makes its own when it needs it.
 """
@@ -39,6 +40,7 @@ from fiberexec.backends.base import Backend, Ended, Exit, Pool, Refused, Resourc
 MAX_PROCESSES = 4096  # at once, of one size
 # What a backend that forks may load once for all processes.
 PRELOAD = ("fiberexec.mp._child", "fiberexec._output", "fiberexec._serialize._functions")
+preload: tuple[str, ...] = ()  # and what the user names
 Task = Callable[[str | None], tuple[bytes, list[Buffer]]]  # the TASKS frame, given the devices that the job has
 
 
@@ -54,24 +56,25 @@ class Size(NamedTuple):
 class Job:
     """One process. The jobs thread writes everything, and nothing again after ``exit``."""
 
-    def __init__(self, size: Size, setup: tuple[bytes, list[Buffer]], task: Task) -> None:
+    def __init__(self, size: Size) -> None:
         self.size = size
-        self.backend: Backend  # once it has been given to the jobs thread
+        self.backend: Backend  # this, setup and task from Jobs.start() on
+        self.setup: tuple[bytes, list[Buffer]]  # the SETUP frame
+        self.task: Task | None = None  # until it is sent
         self.number = 0  # the worker's, among all processes
         self.connection: Connection | None = None  # while it runs
-        self.setup = setup
-        self.task: Task | None = task  # until it is sent
         self.launched = threading.Event()  # or refused, or ended
         self.ready = False
         self.waiting: list[int] = []  # signals, until it is ready
         self.interrupted = False
+        self.given_up = 0  # the signal that ended it before it had started
         self.pid: int | None = None
         self.host = ""
         self.id = ""  # the backend's name of the job
         self.devices: tuple[str, ...] = ()
         self.exit: Exit | None = None
         self.error: BaseException | None = None  # why it was not launched
-        self.at_end: list[Callable[[], None]] = []  # called by the jobs thread when the process has ended; must not block
+        self.at_end: list[Callable[[], None]] = []  # called by the jobs thread when the process has ended
         self.sentinel, self._end = os.pipe()
 
     def finish(self, exit: Exit) -> None:
@@ -107,10 +110,11 @@ class Jobs:
 
     # -- called by any thread
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Job, setup: tuple[bytes, list[Buffer]], task: Task) -> None:
         """Launch a job. Raises ConfigError for a backend, and ResourceError for a size, that cannot be had."""
         with self._lock:
             job.backend = self._backend_for(job.size)
+            job.setup, job.task = setup, task
             self._start()
             self._inbox.append((job, 0))
         self._waker.wake()
@@ -217,7 +221,8 @@ class Jobs:
                 if isinstance(event, Started):
                     self._started(event)
                 elif isinstance(event, Refused):
-                    self._refused(event)
+                    self._jobs[event.worker].error = event.error
+                    self._end(self._jobs[event.worker], Exit())
                 elif isinstance(event, Ended):
                     self._end(self._jobs[event.worker], event.exit)
         self._follow()
@@ -233,6 +238,9 @@ class Jobs:
             self._jobs[job.number] = job
             job.backend.launch([job.number])
         elif job.number in self._jobs:
+            if job.pid is None and number in (signal.SIGTERM, signal.SIGKILL):
+                job.given_up = number
+                number = signal.SIGKILL
             if job.ready or number == signal.SIGKILL:
                 job.backend.signal(job.number, number, False)
             else:
@@ -261,11 +269,6 @@ class Jobs:
         job.devices = tuple(sorted(pool.devices, key=lambda name: self._devices[name])[: job.size.gpu])
         self._devices.update(job.devices)
         return ",".join(job.devices)
-
-    def _refused(self, event: Refused) -> None:
-        job = self._jobs[event.worker]
-        job.error = event.error
-        self._end(job, Exit(None, str(event.error)))
 
     def _write(self, job: Job) -> None:
         connection = job.connection
@@ -300,7 +303,11 @@ class Jobs:
             job.connection = None
         self._jobs.pop(job.number, None)
         self._devices.subtract(job.devices)
-        job.finish(exit if job.error is None else Exit(None, str(job.error)))
+        if job.given_up:
+            exit = Exit(-job.given_up)
+        elif job.error is not None:
+            exit = Exit(None, str(job.error))
+        job.finish(exit)
 
     def _watch(self, file: int | Stream, what: Job | str) -> None:
         self._unwatch(file)  # another with its number, which somebody else has closed
@@ -332,7 +339,7 @@ def _make(size: Size) -> Backend:
         gpu=settings.gpu if size.gpu is None else size.gpu,
     )
     backend = registry.create(settings.backend, settings, MAX_PROCESSES)
-    hints: dict[str, object] = {"preload": PRELOAD}  # not every backend has a use for them
+    hints: dict[str, object] = {"preload": (*PRELOAD, *preload)}  # not every backend has a use for them
     if _hub.fileno() >= 0:  # until the hub runs nobody else would do it if this process were killed
         hints["remove_at_end"] = os.path.dirname(_hub.address().path)
     for name, value in hints.items():

@@ -36,18 +36,14 @@ class Popen:
     def __init__(self, process_obj: Process, size: _jobs.Size, method: str | None) -> None:
         util._flush_std_streams()
         self.returncode: int | None = None
-        standard.set_spawning_popen(self)
-        try:
-            data, buffers = dumps(process_obj)
-        finally:
-            standard.set_spawning_popen(None)
-        call = dumps_call((data, *buffers), {})
-        self._jobs = _jobs.get()
-        self._job = job = _jobs.Job(size, _setup(method), lambda devices: _task(*call, devices))
+        self._job = job = _jobs.Job(size)
+        self.at_end = job.at_end  # for what is pickled for this process alone
         self.sentinel = job.sentinel
         self._finalizer = util.Finalize(self, os.close, (job.sentinel,))
         try:
-            self._jobs.start(job)
+            call = dumps_call(self._pickle(process_obj), {})
+            self._jobs = _jobs.get()
+            self._jobs.start(job, _setup(method), lambda devices: _task(*call, devices))
         except BaseException:
             job.finish(Exit())
             self.close()
@@ -55,6 +51,14 @@ class Popen:
         if job.launched.wait(_PATIENCE) and job.pid is None and job.error is not None:
             self.close()
             raise job.error
+
+    def _pickle(self, process_obj: Process) -> tuple[Buffer, ...]:
+        standard.set_spawning_popen(self)
+        try:
+            data, buffers = dumps(process_obj)
+        finally:
+            standard.set_spawning_popen(None)
+        return data, *buffers
 
     @property
     def job(self) -> _jobs.Job:

@@ -34,7 +34,7 @@ def backend_of(method: str) -> str | None:
 class FiberContext(BaseContext):
     """``multiprocessing``'s API, bound to a start method: one of multiprocessing's own, or a backend's name."""
 
-    Process: type[Process] = Process
+    Process = Process
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -164,6 +164,16 @@ class FiberContext(BaseContext):
         from fiberexec.mp.sharedctypes import Array
 
         return Array(typecode_or_type, size_or_initializer, lock=lock, ctx=self.get_context())
+
+    def set_forkserver_preload(self, module_names: list[str]) -> None:
+        """Name modules, of installed packages, that a backend which forks may load once for all processes.
+
+        It counts for what is started when no process has been started yet. Raises TypeError for what is no list of str.
+        """
+        super().set_forkserver_preload(module_names)
+        from fiberexec.mp import _jobs
+
+        _jobs.preload = tuple(module_names)
 
     def allow_connection_pickling(self) -> None:
         """Nothing: connections can always be pickled."""

@@ -13,8 +13,9 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ import pytest
 
 import fiberexec
 from fiberexec import FiberExecutor, mp
-from fiberexec.mp import _jobs
+from fiberexec.backends import base, registry
+from fiberexec.backends.local import LocalBackend
+from fiberexec.mp import _jobs, _popen, context
 
 LIMIT = 30.0  # seconds after which a test that waits gives up
 LONG = 1000.0  # seconds that a child sleeps which somebody ends
@@ -327,7 +330,8 @@ def test_close_releases_it_once_it_has_ended() -> None:
     process.kill()
     ended(process)
     process.close()
-    for use in (process.join, process.is_alive, process.terminate, lambda: process.exitcode):
+    uses: list[Callable[[], object]] = [process.join, process.is_alive, process.terminate, lambda: process.exitcode]
+    for use in uses:
         with pytest.raises(ValueError, match="closed"):
             use()
 
@@ -554,10 +558,10 @@ def test_a_ctrl_c_during_join_reaches_the_process(tmp_path: Path) -> None:
 
 def test_a_process_says_where_it_runs() -> None:
     process = mp.Process(target=lambda: None)
-    assert process.host is None and process.job_id is None and process.lost is None
+    assert [process.host, process.job_id, process.lost] == [None, None, None]
     process.start()
     ended(process)
-    assert process.host == os.uname().nodename and process.job_id == f"local-{process.pid}" and process.lost is None
+    assert [process.host, process.job_id, process.lost] == [os.uname().nodename, f"local-{process.pid}", None]
 
 
 def test_when_what_looks_after_processes_dies_they_are_lost_and_the_next_one_runs() -> None:
@@ -610,6 +614,76 @@ def test_processes_that_ask_for_gpus_share_them_out(monkeypatch: pytest.MonkeyPa
         ended(process)
 
 
+class Plain(LocalBackend):
+    """Has nothing but what the Protocol asks for, and launches when it may."""
+
+    name = "plain"
+    one_pool = False
+    preload = remove_at_end = None  # type: ignore[assignment]
+    may_launch = threading.Event()
+
+    def launch(self, workers: Sequence[int]) -> None:
+        self.kept = getattr(self, "kept", []) + list(workers)
+
+    def signal(self, worker: int, number: int, group: bool) -> None:
+        if worker in self.kept:
+            self.kept.remove(worker)
+            self._events.append(base.Refused(worker, fiberexec.LaunchError("given up")))
+        super().signal(worker, number, group)
+
+    def wakeup(self) -> float | None:
+        return time.monotonic() + 0.01
+
+    def poll(self) -> list[base.JobEvent]:
+        if self.may_launch.is_set():
+            super().launch(self.kept)
+            self.kept.clear()
+        return super().poll()
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A backend of that name, which launches from when the event is set."""
+    module = types.ModuleType("a_backend")
+    module.Plain = Plain  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_backend", module)
+    monkeypatch.setitem(registry._BUILT_IN, "plain", "a_backend:Plain")
+    monkeypatch.setitem(context._contexts, "plain", context.FiberContext("plain"))
+    monkeypatch.setattr(_popen, "_PATIENCE", 0.01)
+    monkeypatch.setattr(Plain, "may_launch", threading.Event())
+    return Plain.may_launch
+
+
+def plain_process(**options: Any) -> mp.Process:
+    process = mp.Process(target=time.sleep, args=(LONG,), **options)
+    process._method = "plain"
+    return process
+
+
+def test_start_does_not_wait_for_a_slow_backend_and_the_pid_does(plain: threading.Event) -> None:
+    processes = [plain_process(cpu=cpu) for cpu in (None, 1, 1)]
+    for process in processes:
+        process.start()
+    assert all(process.is_alive() for process in processes)
+    assert set(mp.active_children()) >= set(processes)
+    threading.Timer(0.05, plain.set).start()
+    for process in processes:
+        assert process.pid and process.host
+        process.kill()
+        assert ended(process) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_has_not_been_launched_yet_is_given_up(plain: threading.Event, number: int) -> None:
+    process = plain_process()
+    process.start()
+    if number == signal.SIGTERM:
+        process.terminate()
+    else:
+        process.kill()
+    assert ended(process) == -number and process.lost is None and process.pid is None
+
+
 # -- contexts
 
 
@@ -622,11 +696,11 @@ def unset() -> Any:
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver", "local"])
 def test_contexts_are_had_by_a_start_method_or_a_backend(method: str) -> None:
-    context = mp.get_context(method)
-    assert context.get_start_method() == method and mp.get_context(method) is context is context.get_context()
+    found: Any = mp.get_context(method)
+    assert found.get_start_method() == method and mp.get_context(method) is found is found.get_context()
     with pytest.raises(ValueError, match="cannot set start method of concrete context"):
-        context.set_start_method("spawn")
-    process = context.Process(target=lambda: sys.exit(mp.get_start_method() == method and 8))
+        found.set_start_method("spawn")
+    process = found.Process(target=lambda: sys.exit(mp.get_start_method() == method and 8))
     assert isinstance(process, multiprocessing.process.BaseProcess)
     process.start()
     assert ended(process) == 8
