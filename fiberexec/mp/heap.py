@@ -17,7 +17,7 @@ from typing import Any
 from fiberexec import _platform
 from fiberexec._hub import launch
 
-__all__ = ["Arena", "Block", "Heap"]
+__all__ = ["Arena", "BufferWrapper", "Heap"]
 
 _LARGE = 1 << 16  # bytes
 
@@ -82,36 +82,19 @@ class Heap(_standard.Heap):
         return arena, 0, length
 
 
-_heap: Heap | None = None
-
-
-def _present_heap() -> Heap:
-    global _heap
-    heap = _heap
-    if heap is None or heap.hub != launch.address():
-        heap = _heap = Heap()
-    return heap
-
-
-def forget() -> None:
-    """Use what is there no more for what is made from now on: after a fork both sides may hold it."""
-    global _heap
-    _heap = None
-
-
-os.register_at_fork(before=forget)
-
-
-class Block:
+class BufferWrapper:
     """``size`` bytes of shared memory, not initialized. It can be pickled at any time and arrives as the same memory."""
 
+    _heap: Heap | None = None  # where small ones are made now
     _free: Any = None  # gives the memory back to its heap
 
     def __init__(self, size: int) -> None:
         if size >= _LARGE:
             self._place(_new_arena(size), 0, size)
             return
-        heap = _present_heap()
+        heap = BufferWrapper._heap
+        if heap is None or heap.hub != launch.address():
+            heap = BufferWrapper._heap = Heap()
         block: Any = heap.malloc(size)
         self._place(block[0], block[1], size)
         self._free = util.Finalize(self, heap.free, (block,))
@@ -121,8 +104,7 @@ class Block:
         self._start = start
         self.size = size
 
-    @property
-    def memory(self) -> memoryview:
+    def create_memoryview(self) -> memoryview:
         """The bytes, writable."""
         return memoryview(self._arena.buffer)[self._start : self._start + self.size]
 
@@ -133,7 +115,7 @@ class Block:
         return _attach, (self._arena.path, self._arena.size, self._start, self.size, _platform.host_name())
 
 
-def _attach(path: str, whole: int, start: int, size: int, host: str) -> Block:
+def _attach(path: str, whole: int, start: int, size: int, host: str) -> BufferWrapper:
     try:
         arena = _arenas.get(path) or Arena(path, whole)
     except FileNotFoundError:
@@ -143,6 +125,14 @@ def _attach(path: str, whole: int, start: int, size: int, host: str) -> Block:
         else:
             reason = f"it is on host {host}, this is {here}: only processes on one host share memory, use a Manager's objects"
         raise FileNotFoundError(2, f"this shared memory cannot be reached: {reason}", path) from None
-    block = Block.__new__(Block)
+    block = BufferWrapper.__new__(BufferWrapper)
     block._place(arena, start, size)
     return block
+
+
+def forget() -> None:
+    """Use what is there no more for what is made from now on: after a fork both sides may hold it."""
+    BufferWrapper._heap = None
+
+
+os.register_at_fork(before=forget)

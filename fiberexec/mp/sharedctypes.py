@@ -8,7 +8,7 @@ from multiprocessing import sharedctypes as _standard
 from multiprocessing.sharedctypes import make_property, typecode_to_type  # type: ignore[attr-defined]
 from typing import Any
 
-from fiberexec.mp.heap import Block
+from fiberexec.mp.heap import BufferWrapper
 
 __all__ = ["Array", "RawArray", "RawValue", "Value", "copy", "synchronized"]
 
@@ -16,25 +16,25 @@ __all__ = ["Array", "RawArray", "RawValue", "Value", "copy", "synchronized"]
 class _Wrapper:
     """Keeps the memory of a ctypes object; ``reduce_ctype`` is how the object is pickled."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: BufferWrapper) -> None:
         self.block = block
 
     def reduce_ctype(self, obj: Any) -> Any:
         # A copy of the object has the same attributes, but not the memory.
-        if ctypes.addressof(obj) != ctypes.addressof(ctypes.c_char.from_buffer(self.block.memory)):
+        if ctypes.addressof(obj) != ctypes.addressof(ctypes.c_char.from_buffer(self.block.create_memoryview())):
             return NotImplemented
         return _make, (type(obj), self.block)
 
 
-def _make(type_: Any, block: Block) -> Any:
+def _make(type_: Any, block: BufferWrapper) -> Any:
     """The ctypes object of a type whose memory is ``block``."""
-    obj = type_.from_buffer(block.memory)
+    obj = type_.from_buffer(block.create_memoryview())
     obj._wrapper = _Wrapper(block)
     return obj
 
 
 def _new(type_: Any) -> Any:
-    return _make(type_, Block(ctypes.sizeof(type_)))
+    return _make(type_, BufferWrapper(ctypes.sizeof(type_)))
 
 
 def RawValue(typecode_or_type: Any, *args: Any) -> Any:

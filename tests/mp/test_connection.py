@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import AuthenticationError, BufferTooShort
 from multiprocessing import connection as standard
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ from fiberexec.mp import connection
 from fiberexec.mp.connection import Client, Connection, ConnectionLost, Listener, Pipe
 
 LARGE = [1 << 16, (1 << 20) + 3]
+
+
+@pytest.fixture(autouse=True)
+def folder_of_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """multiprocessing would make one and keep it to the end."""
+    monkeypatch.setitem(mp.current_process()._config, "tempdir", str(tmp_path))  # type: ignore[attr-defined]
 
 
 def sending(end: Connection, *values: object) -> threading.Thread:
