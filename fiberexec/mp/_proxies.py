@@ -102,18 +102,21 @@ class BaseProxy(multiprocessing.managers.BaseProxy):
 
     def _callmethod(self, methodname: str, args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:
         """Call a method of the object; return a copy of its result."""
+        return self._outcome(*self._reply((self._token.id, methodname, args, kwds)))  # no frame keeps an exception
+
+    def _reply(self, request: tuple[Any, ...]) -> Any:
+        """What the manager's process answers, over the connection of this thread."""
         with reaching(self._token.address):
             try:
                 if not hasattr(self._tls, "connection"):
                     self._connect()  # type: ignore[attr-defined]
-                self._tls.connection.send((self._token.id, methodname, args, kwds))
-                kind, result = self._tls.connection.recv()
+                self._tls.connection.send(request)
+                return self._tls.connection.recv()
             except BaseException:  # a reply that is still to come must not be taken for the next call's
                 if hasattr(self._tls, "connection"):
                     self._tls.connection.close()
                     del self._tls.connection
                 raise
-        return self._outcome(kind, result)
 
     def _outcome(self, kind: str, result: Any) -> Any:
         """What a reply says: a value, a proxy of it, or an exception."""

