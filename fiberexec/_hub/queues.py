@@ -12,7 +12,8 @@ says in its cell how far it is; what it has not claimed can be taken back withou
 Rules:
 - An item belongs to the consumer that claimed it; in a queue that counts (JoinableQueue) not before it was marked as done.
   What else its process held when it died goes back to the front, in order.
-- What a consumer holds and has not claimed is taken back when somebody else waits for it, after HOLD seconds.
+- What a consumer holds and has not claimed after HOLD seconds is taken back, or at once when a get() that must not wait
+  finds nothing else.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 from fiberexec._errors import HubFull
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait, first
-from fiberexec._hub.wire import CLAIMED, DONE, RECALLED
+from fiberexec._hub.wire import CELL, CLAIMED, DONE, OTHERS, RECALLED
 
 if TYPE_CHECKING:
     from fiberexec._hub.server import Hub, Peer, Process
 
-HOLD = 0.005  # seconds that a consumer may hold what others wait for
+HOLD = 0.005  # seconds that a consumer may hold what it has not claimed
 SETTLE = 0.001  # seconds after which what was claimed before a recall was seen is certain to show
 _BATCH = 1 << 18  # bytes in one answer, more than one item
 _OVERHEAD = 100  # bytes that an item costs beside its own
@@ -55,10 +56,17 @@ class Consumer:
         self.first = 1
         self.done = 0  # task_done() calls that have been counted
         self.since = 0.0  # when it got the last ones
+        self.holding: Timer | None = None  # due when it may have held something for too long
         self.recall: Timer | None = None  # under way
 
     def unclaimed(self) -> int:
+        """How many items can be taken back."""
         return max(0, self.first + len(self.held) - 1 - self.cell[CLAIMED])
+
+    def end_recall(self) -> None:
+        if self.recall is not None:
+            self.recall.done = True
+            self.recall = None
 
 
 class Queue(Shared):
@@ -91,18 +99,17 @@ class Queue(Shared):
     def do_get(self, peer: Peer, slot: int, claimed: int, want: int, timeout: float | None) -> Any:
         """Answers (number of the first, items), or None when there was none in time. ``claimed`` is the caller's word."""
         consumer = self._consumer(peer.process, slot)
-        if consumer.recall is not None:
-            consumer.recall.done = True
-            consumer.recall = None
+        consumer.end_recall()
         self._settle(consumer, claimed)
         self._take_back(consumer, claimed)
-        holders = [] if self._items else [each for each in self._consumers.values() if each.unclaimed()]
-        if timeout == 0 and holders:
-            timeout = 2 * SETTLE
-        get = Get(self, peer, timeout, consumer, want)
+        if timeout is not None and timeout < 2 * HOLD and not self._items:
+            holders = [each for each in self._consumers.values() if each.unclaimed()]
+            if holders:
+                timeout += 2 * SETTLE
+            for each in holders:
+                self._recall(each)
+        Get(self, peer, timeout, consumer, want)
         self._deliver()
-        if not get.done:
-            self._recall_from(holders, 0.0 if timeout is not None and timeout < HOLD else HOLD)
         return PARKED
 
     def do_size(self, peer: Peer) -> int:
@@ -139,8 +146,7 @@ class Queue(Shared):
     def gone(self, process: Process) -> None:
         for key in [key for key in self._consumers if key[0] is process]:
             consumer = self._consumers.pop(key)
-            if consumer.recall is not None:
-                consumer.recall.done = True
+            consumer.end_recall()
             self._settle(consumer, consumer.cell[CLAIMED])
             self._take_back(consumer, consumer.first - 1)
         self._deliver()
@@ -184,8 +190,10 @@ class Queue(Shared):
                 size += item.size
                 answer.append((item.data, len(item.buffers)) if item.buffers else item.data)
                 buffers += item.buffers
-            consumer.since = monotonic()
             consumer.cell[RECALLED] = 0
+            consumer.since = monotonic()
+            if consumer.holding is None:
+                self._look_after(consumer)
             get.leave()
             get.peer.undo = partial(self._undo, consumer)
             get.peer.reply((number, answer), buffers)
@@ -196,9 +204,9 @@ class Queue(Shared):
     def _consumer(self, process: Process, slot: int) -> Consumer:
         consumer = self._consumers.get((process, slot))
         if consumer is None:
-            cell = process.cells[4 * slot : 4 * slot + 4]
+            cell = process.cells[CELL * slot : CELL * (slot + 1)]
             consumer = self._consumers[process, slot] = Consumer(process, cell)
-            cell[CLAIMED] = cell[RECALLED] = cell[DONE] = 0
+            cell[CLAIMED] = cell[RECALLED] = cell[DONE] = cell[OTHERS] = 0
             process.uses[self] = None
         return consumer
 
@@ -230,6 +238,9 @@ class Queue(Shared):
         """task_done() without an item of the caller's own: it means one of its process, or of any."""
         for consumer in sorted(self._consumers.values(), key=lambda each: each.process is not process):
             if self._mark(consumer):
+                consumer.cell[OTHERS] += 1
+                later = Timer(partial(self._settle, consumer, 0))  # it may be done by now and not have seen this
+                self.hub.at(monotonic() + SETTLE, later)
                 return
         if self._unfinished:
             self._finished()
@@ -252,17 +263,20 @@ class Queue(Shared):
 
     # -- recall
 
-    def _recall_from(self, consumers: list[Consumer], hold: float) -> None:
-        """Somebody waits: what is held and not claimed is taken back, if it is not used soon."""
-        now = monotonic()
-        for consumer in consumers:
-            if consumer.recall is None:
-                consumer.recall = Timer(partial(self._recall, consumer))
-                self.hub.at(max(now, consumer.since + hold), consumer.recall)
+    def _look_after(self, consumer: Consumer) -> None:
+        consumer.holding = Timer(partial(self._held, consumer))
+        self.hub.at(consumer.since + HOLD, consumer.holding)
+
+    def _held(self, consumer: Consumer) -> None:
+        consumer.holding = None
+        if consumer.unclaimed():
+            if monotonic() < consumer.since + HOLD:
+                self._look_after(consumer)
+            else:
+                self._recall(consumer)
 
     def _recall(self, consumer: Consumer) -> None:
-        consumer.recall = None
-        if self._getting and consumer.unclaimed():
+        if consumer.recall is None:
             consumer.cell[RECALLED] = consumer.first + len(consumer.held) - 1
             consumer.recall = Timer(partial(self._recalled, consumer))
             self.hub.at(monotonic() + SETTLE, consumer.recall)

@@ -27,7 +27,11 @@ TOKEN_SIZE = 32
 KEY_SIZE = 16
 
 # What a consumer of queues and the hub tell each other through shared memory, in words of 8 bytes. Items have numbers.
-CLAIMED, RECALLED, DONE = range(3)  # the last that get() returned | the last taken back | how many were marked as done
+CLAIMED = 0  # the last that get() returned
+RECALLED = 1  # the last that was taken back, 0: none since the last answer
+DONE = 2  # how many its thread marked as done
+OTHERS = 3  # how many of its items other threads marked as done
+CELL = 4  # words
 CELLS = 8192  # at most, in one process
 
 ERRORS: dict[str, type[Exception]] = {

@@ -28,7 +28,7 @@ from fiberexec._errors import HubFull, HubLost
 from fiberexec._hub import client, launch
 from fiberexec._hub.handle import Handle
 from fiberexec._hub.launch import Address
-from fiberexec._hub.wire import CELLS, CLAIMED, DONE, HUB, RECALLED
+from fiberexec._hub.wire import CELL, CELLS, CLAIMED, DONE, HUB, OTHERS, RECALLED
 from fiberexec._messages import BULK
 from fiberexec._serialize import dumps_result, loads
 
@@ -46,7 +46,7 @@ class _Consumer:
 
     def __init__(self, hub: Address, id: int) -> None:
         self.cells, self.slot = _cell(hub, id)
-        self.cell = self.cells.memory[4 * self.slot : 4 * self.slot + 4]
+        self.cell = self.cells.memory[CELL * self.slot : CELL * (self.slot + 1)]
         self.id = id
         self.items: deque[Any] = deque()  # claimed from the left
         self.number = 0  # of the last one claimed
@@ -258,8 +258,8 @@ class _Ends(Handle):
     def _get(self, timeout: float | None) -> Any:
         """The next item; None if there was none in time."""
         consumer = self._consumer()
-        item = consumer.claim()
-        if item is None:
+        deadline = None if timeout is None else monotonic() + timeout
+        while (item := consumer.claim()) is None:  # what has just come may have been taken back already
             consumer.pace()
             message = "get", self._id, (consumer.slot, consumer.number, consumer.want, timeout)
             answer, buffers = client.request(self._hub, message)
@@ -267,7 +267,8 @@ class _Ends(Handle):
                 return None
             number, items = answer
             consumer.receive(number, items, buffers)
-            item = consumer.claim()
+            if deadline is not None:
+                timeout = max(0.0, deadline - monotonic())
         return item
 
     def _after_fork(self) -> None:
@@ -421,12 +422,12 @@ class JoinableQueue(Queue):
         if self._put_count != self._sent_count:
             _feeder.flush(self)  # what was put because of it counts before it is done
         consumer = getattr(self._local, "consumer", None)
-        if consumer is None or consumer.cell[DONE] >= consumer.number:
+        if consumer is None or consumer.cell[DONE] + consumer.cell[OTHERS] >= consumer.number:
             self._call("done", -1)
             return
         cell = consumer.cell
         cell[DONE] += 1
-        if cell[DONE] == consumer.number and (not consumer.items or cell[RECALLED]):
+        if cell[DONE] + cell[OTHERS] >= consumer.number and (not consumer.items or cell[RECALLED]):  # else join() waits anyway
             client.post(self._hub, ("done", self._id, (consumer.slot,)))
 
     def join(self) -> None:
