@@ -47,8 +47,14 @@ EXCLUDED: dict[str, tuple[tuple[int, ...], str]] = {
         "expects that a lock made for fork is refused by spawn; here each handle goes anywhere",
     ),
     "WithProcessesTestHeap": ((3, 10), "of multiprocessing.heap, the allocator that is not used"),
-    "WithProcessesTestProcess.test_parent_process": ((3, 10), "a child reports that its parent was killed; here it dies with its parent"),
-    "_TestImportStar": ((3, 10), "lists the files of the package; fiberexec.mp's modules are tested in test_multiprocessing.py"),
+    "WithProcessesTestProcess.test_parent_process": (
+        (3, 10),
+        "a child reports that its parent was killed; here it dies with its parent",
+    ),
+    "_TestImportStar": (
+        (3, 10),
+        "lists the files of the package; fiberexec.mp's modules are tested in test_multiprocessing.py",
+    ),
 }
 
 NOT_CLEAN = 3  # exit code: what comes before or after the cases went wrong

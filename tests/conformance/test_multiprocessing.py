@@ -44,7 +44,9 @@ SKIPPED = {  # by multiprocessing too
 @pytest.mark.parametrize("name", CASES)
 def test_what_multiprocessing_passes_passes(name: str) -> None:
     outcomes = TOOL["run"]([case for case in CASES[name] if not TOOL["excluded"](case)])
-    wrong = [f"{outcome.case}: {outcome.status}\n{outcome.text}" for outcome in outcomes if outcome.status in ("failed", "ended")]
+    wrong = [
+        f"{outcome.case}: {outcome.status}\n{outcome.text}" for outcome in outcomes if outcome.status in ("failed", "ended")
+    ]
     assert not wrong, "\n".join(wrong)
     assert {outcome.case for outcome in outcomes if outcome.status == "skipped"} <= SKIPPED
 
