@@ -356,6 +356,43 @@ def test_threads_may_start_and_join_processes_at_once() -> None:
     assert sorted(code for code in codes if code is not None) == list(range(8))
 
 
+def test_a_child_may_close_what_it_finds_open(tmp_path: Path) -> None:
+    def target() -> None:
+        os.closerange(3, 256)
+        say(tmp_path / "closed")
+        (tmp_path / "gate").open("rb").close()  # waits until somebody opens it for writing
+        sys.exit(5)
+
+    os.mkfifo(tmp_path / "gate")
+    process = mp.Process(target=target)
+    process.start()
+    heard(tmp_path / "closed")
+    assert run(lambda: sys.exit(3)).exitcode == 3  # by now the closing has been seen
+    (tmp_path / "gate").open("wb").close()
+    assert ended(process) == 5
+
+
+def test_what_is_pickled_for_a_process_is_told_of_its_end(tmp_path: Path) -> None:
+    told = threading.Event()
+
+    class Handle:
+        def __reduce__(self) -> Any:
+            multiprocessing.context.get_spawning_popen().at_end.append(told.set)  # type: ignore[union-attr]
+            return int, ()
+
+    os.mkfifo(tmp_path / "gate")
+    process = mp.Process(target=lambda handle: (tmp_path / "gate").open("rb").close(), args=(Handle(),))
+    process.start()
+    assert not told.is_set()
+    (tmp_path / "gate").open("wb").close()
+    ended(process)
+    assert told.wait(LIMIT)
+    told.clear()
+    with pytest.raises(Exception, match="pickle"):
+        mp.Process(target=print, args=(Handle(), threading.Lock())).start()
+    assert told.is_set()
+
+
 # -- who is who
 
 
@@ -701,7 +738,7 @@ def test_contexts_are_had_by_a_start_method_or_a_backend(method: str) -> None:
     with pytest.raises(ValueError, match="cannot set start method of concrete context"):
         found.set_start_method("spawn")
     process = found.Process(target=lambda: sys.exit(mp.get_start_method() == method and 8))
-    assert isinstance(process, multiprocessing.process.BaseProcess)
+    assert issubclass(found.Process, mp.Process) and issubclass(mp.Process, multiprocessing.process.BaseProcess)
     process.start()
     assert ended(process) == 8
     assert type(process).__name__.lower() == f"{method}process"
