@@ -65,6 +65,9 @@ class _Tracer(_Slow):  # type: ignore[misc]
         self.steps = 0
         self.deadline = time.monotonic() + MOST_SECONDS
 
+    def digests(self, namespace: dict[str, Any], captured: dict[str, Any]) -> dict[str, int]:
+        return {}
+
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         self.steps += 1
         if self.steps > MOST_STEPS or (not self.steps & 255 and time.monotonic() > self.deadline):

@@ -4,7 +4,8 @@ themselves.
 The globals of a function whose module can be imported are that module's own, wherever it lands. Those of
 any other (`__main__`, a notebook, `exec`) land in one namespace per source and receiving process; only the
 names that the code refers to travel. The process that a namespace comes from is its authority: a function
-that comes back brings no globals.
+that comes back brings no globals, and what changes at the source is changed where it lands. But a value that
+has not changed at the source leaves alone what an initializer or a task has made of it: see `_take_over`.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
 _PYTHON = sys.version_info[:2]
 _MOST_NAMESPACES = 1024  # what is pushed out is sent as a new namespace next time
 
-# token -> (namespace, whether it is this process's own); the same, the other way. Strong, so an id is never
-# reused.
-_namespaces: OrderedDict[str, tuple[Namespace, bool]] = OrderedDict()
+# token -> (namespace, whether it is this process's own, what was received: name -> (digest, value)); the same, the
+# other way. Strong, so an id is never reused.
+_namespaces: OrderedDict[str, tuple[Namespace, bool, dict[str, tuple[int | None, Any]]]] = OrderedDict()
 _tokens: dict[int, str] = {}
 _lock = RLock()  # guards both; a finalizer may pickle while it is held
 
 
 def _remember(token: str, namespace: Namespace, own: bool) -> None:
-    _namespaces[token] = (namespace, own)
+    _namespaces[token] = (namespace, own, {})
     _tokens[id(namespace)] = token
     while len(_namespaces) > _MOST_NAMESPACES:
-        _, (old, _) = _namespaces.popitem(last=False)
+        _, (old, _, _) = _namespaces.popitem(last=False)
         _tokens.pop(id(old), None)
 
 
@@ -193,11 +194,13 @@ def reduce_function(pickler: Any, fn: FunctionType) -> Any:
             home = "__main__"
         if namespace.get("__package__"):
             captured["__package__"] = namespace["__package__"]
+    digests = pickler.digests(namespace, captured)
     contents = [(cell, cell.cell_contents) for cell in cells if _filled(cell)]
     state: State = {"token": token, "module": fn.__module__, "qualname": fn.__qualname__, "doc": fn.__doc__}
     seen = [*captured.values(), *(value for _, value in contents)]
     for key, value in (
         ("globals", captured),
+        ("digests", digests),
         ("cells", contents),
         ("defaults", fn.__defaults__),
         ("kwdefaults", fn.__kwdefaults__),
@@ -276,11 +279,7 @@ def fill_function(fn: FunctionType, state: State) -> None:
     token = state["token"]
     captured = state.get("globals")
     if captured:
-        if _namespaces.get(token, (None, False))[1]:
-            for name, value in captured.items():
-                fn.__globals__.setdefault(name, value)
-        else:
-            fn.__globals__.update(captured)
+        _take_over(fn.__globals__, token, captured, state.get("digests", {}))
     for cell, value in state.get("cells", ()):
         cell.cell_contents = value
     fn.__module__ = state["module"]
@@ -293,6 +292,26 @@ def fill_function(fn: FunctionType, state: State) -> None:
     if "type_params" in state:
         fn.__type_params__ = state["type_params"]  # type: ignore[attr-defined]
     fn.__dict__.update(state.get("dict", ()))
+
+
+def _take_over(namespace: Namespace, token: str, captured: State, digests: dict[str, int]) -> None:
+    """Set globals that have arrived, but for those that have changed here and not where they come from.
+
+    A value is as it was there when its digest is. One without a digest (a function, a class, a module, a queue) is set
+    as long as nobody here has bound the name to something else.
+    """
+    _, own, received = _namespaces.get(token, (None, False, {}))
+    for name, value in captured.items():
+        if own:
+            namespace.setdefault(name, value)
+            continue
+        digest = digests.get(name)
+        if name in namespace:
+            known, before = received.setdefault(name, (digest, None))
+            if digest == known and (digest is not None or namespace[name] is not before):
+                continue
+        received[name] = digest, value if digest is None else None
+        namespace[name] = value
 
 
 def fill_cell(cell: CellType, state: tuple[Any]) -> None:

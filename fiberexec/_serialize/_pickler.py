@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import types
+from zlib import crc32
 
 from . import _reducers
 from ._fast import PROTOCOL, Buffer, PicklingError
@@ -28,6 +30,8 @@ IN_BAND = 16 * 1024  # bytes: below this a copy costs less than one more entry i
 _REDUCERS = _reducers.REDUCERS
 _reduce_other = _reducers.reduce_other
 _learn = _reducers.learn
+_NO_DATA = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+_SHARED = frozenset(["fiberexec", "multiprocessing", "socket", "_socket"])  # modules of objects that are more than data
 _LATE = frozenset(["numpy", "typing", "dataclasses"])
 
 
@@ -36,6 +40,23 @@ class Pickler(pickle.Pickler):
 
     # ids of the cells whose contents come with a function's state and not with the cell itself
     shallow: set[int] | None = None
+    # digests of globals, by the namespace's id and the name
+    _digests: dict[tuple[int, str], int | None] | None = None
+
+    def digests(self, namespace: dict[str, Any], captured: dict[str, Any]) -> dict[str, int]:
+        """Of captured globals that are data: a number that stays the same as long as the content does."""
+        if self._digests is None:
+            self._digests = {}
+        found = {}
+        for name, value in captured.items():
+            if not isinstance(value, _NO_DATA):
+                key = id(namespace), name
+                if key not in self._digests:
+                    self._digests[key] = _digest(value)
+                digest = self._digests[key]
+                if digest is not None:
+                    found[name] = digest
+        return found
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -47,6 +68,31 @@ class Pickler(pickle.Pickler):
         if type(kind) is type and not issubclass(kind, type):
             return NotImplemented  # an ordinary instance: its class comes by here in its turn
         return _reduce_other(self, obj)
+
+
+class _Digester(Pickler):
+    """Pickles to see whether something has changed. Not what does more than to describe itself when it is pickled."""
+
+    def digests(self, namespace: dict[str, Any], captured: dict[str, Any]) -> dict[str, int]:
+        return {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj).__module__.partition(".")[0] in _SHARED:
+            raise PicklingError
+        return super().reducer_override(obj)
+
+
+def _digest(value: Any) -> int | None:
+    buffers: list[Buffer] = []
+    file = io.BytesIO()
+    try:
+        _Digester(file, PROTOCOL, buffer_callback=_collector(buffers)).dump(value)
+    except (Exception, SystemExit, GeneratorExit):
+        return None
+    digest = 0
+    for buffer in buffers:
+        digest = crc32(buffer, digest)
+    return hash((file.getvalue(), digest))
 
 
 class FallbackPickler(Pickler):

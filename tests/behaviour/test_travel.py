@@ -130,6 +130,76 @@ def test_a_global_that_changes_is_seen_by_functions_that_travel_by_value(executo
 # -- classes
 
 
+SCRIPT = """
+model, cache, level = None, {}, 1
+
+def rebind():
+    global model
+    model = {"made": 1}
+
+def fill():
+    cache["k"] = 1
+
+def unseen():
+    globals()["level"] = 5
+
+def use():
+    return model
+
+def count():
+    model["made"] += 1
+    return model["made"]
+
+def look():
+    return cache.get("k"), level
+
+def replaced():
+    global look
+    look = lambda: "replaced"
+
+def call_look():
+    return look()
+"""
+
+
+@pytest.fixture
+def script() -> dict[str, Any]:
+    """A program's namespace: its functions travel by value, as those of ``__main__`` do."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(SCRIPT, namespace)
+    return namespace
+
+
+def test_what_an_initializer_binds_is_there_for_every_task(make_executor: Make, script: dict[str, Any]) -> None:
+    with make_executor(1, initializer=script["rebind"]) as ex:
+        assert ex.submit(script["use"]).result(LIMIT) == {"made": 1}
+        assert [ex.submit(script["count"]).result(LIMIT) for _ in range(3)] == [2, 3, 4]
+        assert ex.submit(script["use"]).result(LIMIT) == {"made": 4}
+        script["model"] = "another"
+        assert ex.submit(script["use"]).result(LIMIT) == "another", "what changes in the driver is seen"
+
+
+def test_what_an_initializer_fills_stays_until_it_changes_in_the_driver(make_executor: Make, script: dict[str, Any]) -> None:
+    with make_executor(1, initializer=script["fill"]) as ex:
+        assert ex.submit(script["look"]).result(LIMIT) == (1, 1)
+        script["level"] = 2
+        assert ex.submit(script["look"]).result(LIMIT) == (1, 2)
+        script["cache"]["j"] = 1
+        assert ex.submit(script["look"]).result(LIMIT) == (None, 2)
+
+
+def test_an_initializer_may_bind_names_behind_everybodys_back(make_executor: Make, script: dict[str, Any]) -> None:
+    with make_executor(1, initializer=script["unseen"]) as ex:
+        assert ex.submit(script["look"]).result(LIMIT) == (None, 5)
+        script["level"] = 9
+        assert ex.submit(script["look"]).result(LIMIT) == (None, 9)
+
+
+def test_an_initializer_may_replace_a_function(make_executor: Make, script: dict[str, Any]) -> None:
+    with make_executor(1, initializer=script["replaced"]) as ex:
+        assert ex.submit(script["call_look"]).result(LIMIT) == "replaced"
+
+
 def test_a_class_keeps_its_identity_there_and_back(executor: FiberExecutor) -> None:
     class Base:
         pass
