@@ -22,7 +22,8 @@ from concurrent.futures import Future
 from multiprocessing.process import current_process
 from typing import Any, ClassVar
 
-from fiberexec.mp._proxies import AutoProxy, BaseProxy, lost, reaching, standard
+from fiberexec._serialize import PicklingError
+from fiberexec.mp._proxies import AutoProxy, BaseProxy, lost, own_error, reaching, standard
 from fiberexec.mp.managers import BaseManager, register_standard, util
 
 __all__ = ["AsyncBaseProxy", "AsyncManager"]
@@ -52,9 +53,9 @@ class Line:
                 self._conn.send(request)
             except OSError:
                 pass  # the manager has gone, and the reader hears it too
-            except Exception as error:  # pickling: nothing has been sent
+            except PicklingError as error:  # nothing has been sent
                 self._waiting.pop()
-                future.set_exception(error)
+                future.set_exception(own_error(error))
         return future
 
     def _read(self) -> None:

@@ -12,11 +12,13 @@ import functools
 import itertools
 import multiprocessing.managers
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.process import current_process
 from typing import Any
 
 from fiberexec._errors import FiberError
+from fiberexec._serialize import PicklingError
 from fiberexec.mp.connection import Client, Listener
 
 standard: Any = multiprocessing.managers  # what it has is not all declared
@@ -42,6 +44,12 @@ def reaching(address: Any) -> Iterator[None]:
 def lost(address: Any, error: Exception) -> ManagerLost:
     why = str(error) or "its process has ended"
     return ManagerLost(f"the manager at {address!r} is gone with all that it held: {why}; start another one")
+
+
+def own_error(error: PicklingError) -> BaseException:
+    """As multiprocessing has it: if pickling failed since an argument's own code raised something, that."""
+    cause = error.__cause__
+    return error if cause is None or isinstance(cause, (pickle.PickleError, TypeError, AttributeError)) else cause
 
 
 class Server(multiprocessing.managers.Server):
@@ -112,6 +120,8 @@ class BaseProxy(multiprocessing.managers.BaseProxy):
                     self._connect()  # type: ignore[attr-defined]
                 self._tls.connection.send(request)
                 return self._tls.connection.recv()
+            except PicklingError as error:  # nothing has been sent
+                raise (reason := own_error(error)) from reason.__cause__
             except BaseException:  # a reply that is still to come must not be taken for the next call's
                 if hasattr(self._tls, "connection"):
                     self._tls.connection.close()

@@ -84,16 +84,6 @@ class Programs(ast.NodeTransformer):
         return node
 
 
-class Shared:
-    """What the tests use of ``multiprocessing.heap.BufferWrapper``: bytes that processes share."""
-
-    def __init__(self, size: int) -> None:
-        self.array = importlib.import_module("fiberexec.mp").RawArray("B", size)
-
-    def create_memoryview(self) -> memoryview:
-        return memoryview(self.array).cast("B")
-
-
 def compiled(path: str) -> types.CodeType:
     """The tests' code; the first process compiles it for those that follow."""
     cache = Path(os.environ["FIBEREXEC_CONFORMANCE_CACHE"], "spawn" if STANDARD else "fiberexec")
@@ -120,8 +110,7 @@ def run_source() -> None:
 namespace = globals()
 run_source()
 if not STANDARD:
-    # These look at, or use, the inner life of multiprocessing's own.
-    exchanged(".heap").BufferWrapper = Shared
+    # It looks at the semaphores that multiprocessing makes a condition of.
     namespace["_TestCondition"].check_invariant = lambda test, condition: None
 CASES: dict[str, Any] = {"__name__": __name__}
 namespace["install_tests_in_module_dict"](CASES, "spawn")

@@ -46,7 +46,6 @@ EXCLUDED: dict[str, tuple[tuple[int, ...], str]] = {
         (3, 11),
         "expects that a lock made for fork is refused by spawn; here each handle goes anywhere",
     ),
-    "WithProcessesTestHeap": ((3, 10), "of multiprocessing.heap, the allocator that is not used"),
     "WithProcessesTestProcess.test_parent_process": (
         (3, 10),
         "a child reports that its parent was killed; here it dies with its parent",
