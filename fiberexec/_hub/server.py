@@ -316,6 +316,10 @@ class Hub(Shared):
         elif shared is not None:
             shared.dropped()
 
+    def do_limit(self, peer: Peer, limit: int) -> None:
+        """Hold at most so many bytes in queues."""
+        self.limit = limit
+
     def do_cells(self, peer: Peer) -> None:
         """The memory in which a process' consumers say how far they are."""
         fd = peer.fds.pop()

@@ -145,7 +145,6 @@ class _Feeder:
         self._changed = threading.Condition(threading.Lock())
         self._thread: threading.Thread | None = None
         self._waiting = False  # the thread, for items
-        self.full: HubFull | None = None  # the hub takes no more for now
 
     def put(self, queue: Queue, data: Any, buffers: Any) -> None:
         with self._changed:
@@ -156,13 +155,13 @@ class _Feeder:
             elif self._thread is None:
                 self._start()
 
-    def flush(self, queue: Queue) -> None:
-        """Return when all that was put into ``queue`` so far has been sent, or the hub takes no more."""
+    def flush(self, queue: Queue, patient: bool = True) -> None:
+        """Return when all that was put into ``queue`` so far has been sent; if not ``patient``, or the hub takes no more."""
         if queue._sent_count == queue._put_count:
             return
         with self._changed:
             until = queue._put_count
-            while queue._sent_count < until and not queue._given_up and self._thread is not None:
+            while queue._sent_count < until and self._thread is not None and (patient or queue._full is None):
                 self._changed.wait()
 
     def _start(self) -> None:
@@ -204,15 +203,20 @@ class _Feeder:
             try:
                 client.request(queue._hub, ("put", queue._id, (items, 0.0)), buffers)
             except HubFull as error:
-                queue._full = error
+                self._set_full(queue, error)
                 client.request(queue._hub, ("put", queue._id, (items, None)), buffers)
-                queue._full = None
+                self._set_full(queue, None)
         except (HubLost, KeyError) as error:
             queue._lost = error
         except Exception as error:
             queue._on_queue_feeder_error(error, None)
         with self._changed:
             queue._sent_count += len(items)
+            self._changed.notify_all()
+
+    def _set_full(self, queue: Queue, error: HubFull | None) -> None:
+        with self._changed:
+            queue._full = error
             self._changed.notify_all()
 
 
@@ -311,9 +315,11 @@ class Queue(_Ends):
         self._join_cancelled = False
         self._exit: Any = None
 
-    @property
-    def _given_up(self) -> bool:
-        return self._full is not None or self._lost is not None
+    def _check(self) -> None:
+        """Raise what the feeder met."""
+        error = self._lost or self._full
+        if error is not None:
+            raise error.with_traceback(None)
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Add an object.
@@ -323,8 +329,7 @@ class Queue(_Ends):
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        if self._given_up:
-            raise self._lost or self._full or HubLost()
+        self._check()
         try:
             if self._maxsize:
                 if not self._put(obj, _limit(block, timeout)):
@@ -348,8 +353,8 @@ class Queue(_Ends):
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        if self._put_count != self._sent_count:
-            _feeder.flush(self)
+        if not block or timeout is not None:
+            _feeder.flush(self, patient=False)
         item = self._get(_limit(block, timeout))
         if item is None:
             raise Empty
@@ -357,7 +362,7 @@ class Queue(_Ends):
 
     def qsize(self) -> int:
         """How many objects are in it."""
-        _feeder.flush(self)
+        _feeder.flush(self, patient=False)
         return int(self._call("size")) + self._put_count - self._sent_count
 
     def empty(self) -> bool:
@@ -419,8 +424,8 @@ class JoinableQueue(Queue):
 
     def task_done(self) -> None:
         """Mark the first object as done that this thread got, and did not mark yet. Raises ValueError if there is none."""
-        if self._put_count != self._sent_count:
-            _feeder.flush(self)  # what was put because of it counts before it is done
+        _feeder.flush(self, patient=False)  # what was put because of it counts before it is done
+        self._check()
         consumer = getattr(self._local, "consumer", None)
         if consumer is None or consumer.cell[DONE] + consumer.cell[OTHERS] >= consumer.number:
             self._call("done", -1)
@@ -444,12 +449,12 @@ class SimpleQueue(_Ends):
 
     def put(self, obj: Any) -> None:
         """Add an object; it is in the queue when this returns."""
-        self._check()
+        self._check_open()
         self._put(obj, None)
 
     def get(self) -> Any:
         """Take the first object out, when there is one."""
-        self._check()
+        self._check_open()
         item = self._get(None)
         return loads(item) if type(item) is not tuple else loads(*item)
 
@@ -458,7 +463,7 @@ class SimpleQueue(_Ends):
         self._closed = True
         self._local = threading.local()
 
-    def _check(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise OSError("handle is closed")
 

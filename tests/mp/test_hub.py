@@ -158,7 +158,9 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("end", ["pass", "os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)", "if os.fork() == 0: time.sleep(5)"])
+@pytest.mark.parametrize(
+    "end", ["pass", "os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)", "if os.fork() == 0: time.sleep(5)"]
+)
 def test_the_hub_goes_with_its_root_however_that_ends(end: str) -> None:
     script = textwrap.dedent(SCRIPT.format(end=end))
     with subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.PIPE, text=True) as root:
@@ -189,14 +191,12 @@ def test_a_forked_child_is_another_process() -> None:
         lock.release()
         print("well")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=LIMIT
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=LIMIT)
     assert (done.stdout, done.stderr) == ("well\n", "")
 
 
 def test_importing_it_loads_nothing_that_is_slow() -> None:
-    script = "import sys, fiberexec._hub.client, fiberexec.mp.queues; print([m for m in ('dill','pynng','numpy') if m in sys.modules])"
+    script = "import sys, fiberexec.mp.queues; print([m for m in ('dill', 'pynng', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT)
     assert done.stdout == "[]\n"
 

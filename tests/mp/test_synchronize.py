@@ -362,7 +362,11 @@ def test_a_timeout_an_abort_and_a_reset_are_heard_by_all_who_wait() -> None:
         except threading.BrokenBarrierError:
             heard.release()
 
-    for end in (barrier.abort, lambda: pytest.raises(threading.BrokenBarrierError, barrier.wait, SHORT), barrier.reset):
+    def wait_shortly() -> None:
+        with pytest.raises(threading.BrokenBarrierError):
+            barrier.wait(SHORT)
+
+    for end in (barrier.abort, wait_shortly, barrier.reset):
         if barrier.broken:
             barrier.reset()
         other = thread(party)
