@@ -46,6 +46,7 @@ EXCLUDED: dict[str, tuple[tuple[int, ...], str]] = {
         (3, 11),
         "expects that a lock made for fork is refused by spawn; here each handle goes anywhere",
     ),
+    "WithProcessesTestPoolWorkerErrors.test_unpickleable_result": ((3, 10), "its result is a lambda, which travels here"),
     "WithProcessesTestProcess.test_parent_process": (
         (3, 10),
         "a child reports that its parent was killed; here it dies with its parent",
