@@ -153,8 +153,9 @@ class Ring:
             stack.callback(_stop, processes)
             for rank, (_, control) in enumerate(controls):
                 member = RingMember(self, rank, control, links[rank - 1][1], links[rank][0])
-                processes.append(context.Process(target=member, name=f"Ring-{rank}"))
-                processes[-1].start()
+                process = context.Process(target=member, name=f"Ring-{rank}")
+                process.start()
+                processes.append(process)
             for end in [*(control for _, control in controls), *(end for link in links for end in link)]:
                 end.close()  # so that a member that has gone is heard by its neighbours
             results = _Hearing([control for control, _ in controls], processes).wait()
