@@ -20,7 +20,7 @@ from fiberexec._serialize import FunctionRef, dumps_call, dumps_plain, is_plain
 
 GROUP = 1024  # items in one payload, at most, as long as nothing is known of their cost
 GROUP_SECONDS = 0.002  # of measured work in one payload, at most
-GROUP_LIMIT = 1 << 14  # items in one payload, however cheap
+GROUP_LIMIT = 1 << 11  # items in one payload, however cheap: it is unpickled whole for each part that it is cut into
 GROUP_BYTES = 1 << 16  # bytes about, at most, in one payload
 _FIRST = 16  # items in the first group, before anything is known of their size
 
