@@ -97,7 +97,7 @@ class ApplyResult(ItemSink, Generic[T]):
         if callback is not None:
             try:
                 callback(self._value)
-            except Exception:
+            except BaseException:  # SystemExit too: this is the manager's thread
                 _logger.exception("the callback of a pool's result raised")
         self._task = self._manager = None
         self._event.set()
@@ -110,6 +110,7 @@ class ApplyResult(ItemSink, Generic[T]):
 
     def forked(self) -> None:
         self._event = threading.Event()
+        self._callbacks = None, None  # they are the parent's
 
     def abandon(self, error: BaseException) -> None:
         self._finish(None, error)

@@ -23,6 +23,8 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from fiberexec import _map
+from fiberexec._errors import BrokenExecutor
+from fiberexec._scheduler import events as ev
 from fiberexec._serialize import RemoteTraceback
 from fiberexec.executor import FiberExecutor
 from fiberexec.mp._results import (
@@ -207,8 +209,10 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
         Results that are not there by then never come: get() raises ``CancelledError`` or ``BrokenExecutor``.
         """
         self._state = TERMINATE
-        self._executor._force("terminate", kill=False)
-        self._executor.shutdown(wait=True)
+        manager = self._executor._manager
+        manager.cancel()
+        manager.tell(ev.Broken(BrokenExecutor("the pool was ended by terminate()"), kill=False))
+        manager.close(wait=True)
         self._finalizer.cancel()
 
     def join(self) -> None:
