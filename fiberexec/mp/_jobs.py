@@ -1,7 +1,7 @@
 """The processes that this process has started: one thread that owns their backends, their streams and their ends.
 
     Process.start() ── Job ────► jobs thread ── launch, signal ─► backend
-    terminate()     ── signal ─►   │    ◄── Started: the child is told what to run; Ended: that is the job's end
+    terminate()     ── signal ─►   │    ◄── Started: the child is told what to be like, then what to run; Ended: the end
                                    └──► Job: pid, host, exit, and a byte in the sentinel
 
 Rules:
@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import util
 from typing import Any, NamedTuple
 
@@ -35,11 +36,11 @@ from fiberexec._scheduler import events as ev
 from fiberexec._stream import Buffer, Stream
 from fiberexec._waker import Waker
 from fiberexec.backends import registry
-from fiberexec.backends.base import Backend, Ended, Exit, Pool, Refused, Resources, Started
+from fiberexec.backends.base import Backend, Ended, Exit, Refused, Resources, Started
 
 MAX_PROCESSES = 4096  # at once, of one size
 # What a backend that forks may load once for all processes.
-PRELOAD = ("fiberexec.mp._child", "fiberexec._output", "fiberexec._serialize._functions")
+PRELOAD = ("fiberexec.mp._child", "fiberexec._serialize._functions")
 preload: tuple[str, ...] = ()  # and what the user names
 Task = Callable[[str | None], tuple[bytes, list[Buffer]]]  # the TASKS frame, given the devices that the job has
 
@@ -253,22 +254,26 @@ class Jobs:
         connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
         job.connection = connection
         self._watch(connection.stream, job)
-        assert job.task is not None
-        setup, buffers = job.setup
-        connection.outbox.append((messages.SETUP, setup, buffers))
-        body, buffers = job.task(self._choose_devices(job, event.pool))
-        connection.outbox.append((messages.TASKS, body, buffers))
-        job.task = None
-        job.launched.set()
+        if job.size.gpu is not None:  # those that the fewest others have
+            job.devices = tuple(sorted(event.pool.devices, key=lambda name: self._devices[name])[: job.size.gpu])
+            self._devices.update(job.devices)
+        connection.outbox.append((messages.SETUP, *job.setup))
         self._write(job)
+        job.launched.set()
 
-    def _choose_devices(self, job: Job, pool: Pool) -> str | None:
-        """For a job that asks for GPUs: those that the fewest others have; None for one that does not."""
-        if job.size.gpu is None:
-            return None
-        job.devices = tuple(sorted(pool.devices, key=lambda name: self._devices[name])[: job.size.gpu])
-        self._devices.update(job.devices)
-        return ",".join(job.devices)
+    def _ready(self, job: Job, error: BaseException | None) -> None:
+        """The child is as its parent wants it, and may run; or it cannot be so."""
+        connection, task = job.connection, job.task
+        assert connection is not None and task is not None
+        job.error = error
+        if error is not None:
+            job.backend.signal(job.number, signal.SIGKILL, False)
+            return
+        job.ready, job.task = True, None
+        connection.outbox.append((messages.TASKS, *task(None if job.size.gpu is None else ",".join(job.devices))))
+        self._write(job)
+        for number in job.waiting:
+            job.backend.signal(job.number, number, False)
 
     def _write(self, job: Job) -> None:
         connection = job.connection
@@ -284,13 +289,10 @@ class Jobs:
         assert connection is not None
         events, records, ended = connection.receive(reads)
         for record in records:
-            _guarded(lambda record=record: logging.getLogger(record.name).handle(record))  # type: ignore[misc]
+            _guarded(partial(logging.getLogger(record.name).handle, record))
         for event in events:
-            if isinstance(event, ev.WorkerReady):
-                job.ready = True
-                job.error = event.error
-                for number in job.waiting if job.error is None else [signal.SIGKILL]:
-                    job.backend.signal(job.number, number, False)
+            if isinstance(event, ev.WorkerReady) and job.task is not None:
+                self._ready(job, event.error)
         if ended:
             self._unwatch(connection.stream)  # its end will be reported, unless the child has only closed what it found open
 
@@ -357,7 +359,7 @@ def _start_hub() -> None:
         _hub.close()  # who waits for it hears that
 
 
-def _guarded(call: Callable[[], None]) -> None:
+def _guarded(call: Callable[[], object]) -> None:
     """Call what belongs to others: its exceptions must not end the thread."""
     try:
         call()
