@@ -9,6 +9,7 @@ an item whose result has arrived never runs again, and nobody waits for what wil
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing.pool
 import threading
@@ -94,7 +95,6 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
             raise ValueError("maxtasksperchild must be a positive int or None")
         if isinstance(context, FiberContext) and options.get("backend") is None:
             options["backend"] = backend_of(context.get_start_method() or "")
-        self._ctx = context
         self._has_initializer = initializer is not None
         self._make = functools.partial(
             _Workers, processes, None, initializer, tuple(initargs), max_tasks_per_child=maxtasksperchild, **options
@@ -108,7 +108,7 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
         )
         self._processes = self._executor._max_workers
         self._lock = threading.Lock()  # guards the end, and the first use
-        self._feeders: set[threading.Thread] = set()  # threads that send the items of an imap()
+        self._feeders: dict[threading.Thread, IMapIterator[Any]] = {}  # each sends the items of an imap()
         self._finalizer = util.Finalize(None, _terminate, (weakref.ref(self),), exitpriority=15)
         self._state = RUN
 
@@ -199,7 +199,8 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
                 return
             self._state = CLOSE
             if self._has_initializer and self._unused:
-                self._executor.submit(bool)  # it runs all the same
+                with contextlib.suppress(RuntimeError):  # the pool is broken
+                    self._executor.submit(bool)  # it runs all the same
             if not self._feeders:
                 self._executor.shutdown(wait=False)
 
@@ -210,9 +211,12 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
         """
         self._state = TERMINATE
         manager = self._executor._manager
+        reason = BrokenExecutor("the pool was ended by terminate()")
         manager.cancel()
-        manager.tell(ev.Broken(BrokenExecutor("the pool was ended by terminate()"), kill=False))
+        manager.tell(ev.Broken(reason, kill=False))
         manager.close(wait=True)
+        for results in list(self._feeders.values()):  # the items of some may never come
+            results.end(reason)
         self._finalizer.cancel()
 
     def join(self) -> None:
@@ -287,7 +291,7 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
     ) -> MapResult[T]:
         executor = self._executor_for(func)
         step = _map.GROUP_LIMIT if chunksize is None else _checked(chunksize)
-        items = iterable if isinstance(iterable, (list, tuple, range)) else list(iterable)
+        items = iterable if isinstance(iterable, (tuple, range)) else list(iterable)  # its length must not change
         manager = executor._manager
         first = manager.new_ids(len(items))
         result: MapResult[T] = MapResult(manager, first, len(items), callback, error_callback)
@@ -310,8 +314,8 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
         feeder = threading.Thread(target=self._feed, args=(mapping, results, step), name="fiberexec-imap", daemon=True)
         with self._lock:
             self._check_running()
-            self._feeders.add(feeder)
-        feeder.start()
+            feeder.start()
+            self._feeders[feeder] = results
         return results
 
     def _feed(self, mapping: _map.Mapping, results: IMapIterator[Any], step: int) -> None:
@@ -325,7 +329,7 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
             error = reason
         results.end(error)
         with self._lock:
-            self._feeders.discard(threading.current_thread())
+            del self._feeders[threading.current_thread()]
             if self._state != RUN and not self._feeders:
                 self._executor.shutdown(wait=False)
 

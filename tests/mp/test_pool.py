@@ -266,7 +266,7 @@ def test_imap_takes_each_item_only_when_the_one_before_is_on_its_way(pool: Pool)
         results.next(LIMIT)
 
 
-@pytest.mark.parametrize("size", [1, 1 << 20])
+@pytest.mark.parametrize("size", [1, 1 << 18])
 def test_imap_takes_no_more_from_an_endless_iterable_than_the_workers_need(pool: Pool, log: Log, size: int) -> None:
     def wait(data: bytes) -> int:
         log.wait(1)
@@ -281,7 +281,7 @@ def test_imap_takes_no_more_from_an_endless_iterable_than_the_workers_need(pool:
             yield bytes(size)
 
     results = pool.imap(wait, endless())
-    most = 65536 if size == 1 else 17
+    most = 65536 if size == 1 else 64
     with pytest.raises(multiprocessing.TimeoutError):
         results.next(0.5)
     assert 8 <= taken <= most + 1
@@ -384,10 +384,12 @@ def test_terminate_stops_what_runs_and_nobody_waits_for_ever(log: Log) -> None:
     pool.terminate()
     assert time.monotonic() - began < 10
     pool.join()
-    stuck.set()
-    for outcome in (one.get, some.get, results.next):
+    for outcome in (one.get, some.get, results.next, results.next):
         with pytest.raises((concurrent.futures.CancelledError, BrokenExecutor)):
             outcome(LIMIT)
+    with pytest.raises(StopIteration):
+        results.next(LIMIT)
+    stuck.set()
     assert len(heard) == 2
     assert len(log.lines()) == 2
 
@@ -489,6 +491,9 @@ def test_an_initializer_that_raises_breaks_the_pool_instead_of_starting_workers_
         with pytest.raises(BrokenExecutor) as caught:
             pool.map(square, range(10))
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    pool = Pool(2, divmod, (1, 0))
+    pool.close()
+    pool.join()
 
 
 def test_a_worker_is_replaced_after_maxtasksperchild_items(log: Log) -> None:
