@@ -2,7 +2,7 @@
 
 A *ticket* is a reference to an object in the manager's process that no proxy holds yet. Pickling a proxy takes one, and
 who unpickles it, the first time, takes a reference of its own and then gives the ticket back. So the object is there for
-the receiver even if the sender has gone.
+the receiver even if the sender has gone. The pickle carries the manager's key too, and is to be kept like it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import multiprocessing.managers
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.process import current_process
 from typing import Any
@@ -61,6 +62,7 @@ class Server(multiprocessing.managers.Server):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.mutex = threading.RLock()  # held while an object is made, whose code may pickle proxies
         self._tickets: dict[int, str] = {}
         self._numbers = itertools.count()
 

@@ -73,7 +73,7 @@ class BaseManager(multiprocessing.managers.BaseManager):
         reader, writer = self._ctx.Pipe(duplex=False)
         key = bytes(self._authkey)
         args = (self._registry, self._address, key, self._serializer, writer, initializer, initargs)
-        process = self._process = self._ctx.Process(target=type(self)._run_server, args=args)  # type: ignore[attr-defined]
+        process = self._ctx.Process(target=type(self)._run_server, args=args)  # type: ignore[attr-defined]
         process.name = f"{type(self).__name__}-{':'.join(map(str, process._identity))}"
         with reader:
             with writer:
@@ -83,6 +83,7 @@ class BaseManager(multiprocessing.managers.BaseManager):
             except EOFError as error:
                 process.join()
                 raise ManagerLost(f"the manager's process ended before it served: exit code {process.exitcode}") from error
+        self._process = process
         self._state.value = standard.State.STARTED
         waits = [self._shutdown_timeout] if hasattr(self, "_shutdown_timeout") else []  # from Python 3.11 on
         known = [process, self._address, self._authkey, self._state, self._Client, *waits]
