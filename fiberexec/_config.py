@@ -353,7 +353,10 @@ def _read_file(path: str, ours: bool) -> Mapping[str, object] | None:
         if not ours:
             return None
         raise ConfigError(f"cannot read the settings in {path}: {error}") from error
-    table = document if ours else document.get("tool", {}).get("fiberexec")
+    table = document
+    if not ours:
+        tool = document.get("tool")
+        table = tool.get("fiberexec") if isinstance(tool, dict) else None
     if table is not None and not isinstance(table, Mapping):
         raise ConfigError(f"[tool.fiberexec] in {path} must be a table, got {table!r}")
     return table

@@ -170,7 +170,7 @@ class ForkServer:
         if not self._adopting:  # not before the first worker: it starts meanwhile
             self._adopting = True
             _platform.adopt_orphans()
-            import logging  # noqa: F401  so that later workers have it for free
+            import fiberexec._output  # noqa: F401  so that later workers have it for free, and logging
 
     def _become_worker(self, slot: int, fd: int, read: int, write: int) -> None:
         try:
@@ -262,6 +262,9 @@ def _kill_group(pid: int, number: int = signal.SIGKILL) -> None:
 def main(control: int, cells: int, lifeline: int) -> None:
     """The fork server's program: descriptors of the control socket, of the cells and of the pipe that says "alive"."""
     os.setsid()
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # where the driver's output is closed, nothing of ours takes its place
+        pass
+    os.close(fd)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     server = ForkServer(socket(fileno=control), cells, lifeline)

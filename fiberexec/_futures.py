@@ -6,6 +6,7 @@ A sink has two methods, called by the manager with no lock held: deliver(task, o
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 import threading
 import time
 from collections import deque
@@ -117,6 +118,8 @@ class FiberFuture(concurrent.futures.Future[T]):
                 self.set_exception(error)
         except concurrent.futures.InvalidStateError:
             pass  # somebody else has set it: the first one wins
+        except BaseException:  # of a callback: the standard lets SystemExit pass, but this is the manager's thread
+            sys.excepthook(*sys.exc_info())
 
     def fail(self, task: Task | None, error: BaseException | None) -> None:
         """End without a result; no error means: cancelled."""
@@ -125,10 +128,14 @@ class FiberFuture(concurrent.futures.Future[T]):
             self.settle(task, None, error)
         elif super().cancel():
             self.set_running_or_notify_cancel()
+        else:  # somebody has called set_running_or_notify_cancel()
+            self.settle(task, None, concurrent.futures.CancelledError())
 
     def forked(self) -> None:
-        """In a forked child the lock may be held by a thread that does not exist there."""
+        """In a forked child the lock may be held by a thread that does not exist there; callbacks are the parent's."""
         self._condition = _Condition()
+        self._waiters = []
+        self._done_callbacks = []
 
     def abandon(self, error: BaseException) -> None:
         """End, since nobody is left who could do so in order."""

@@ -25,6 +25,8 @@ def register(manager: Manager) -> None:
 
 def abandon_sinks(manager: Manager, reason: BaseException, *, forked: bool) -> None:
     """End whatever still waits for a manager, wherever it is: none of its tables can be trusted any more."""
+    if gc.get_freeze_count():
+        gc.unfreeze()  # what is frozen is not found
     for sink in gc.get_objects():
         if isinstance(sink, (FiberFuture, ItemSink)) and sink._manager is manager:
             if forked:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -67,6 +68,7 @@ class Manager:
         self._overslept = False  # that is too late for the scheduler
         self._abandoned = False  # nobody can submit any more
         self._ids = 1
+        self._failure: BaseException | None = None  # see _interrupted()
         self.ended = False
         self.forked_from = 0  # the parent's pid, in a forked child
         self.waits_at_exit = True  # the interpreter ends when every task has its outcome
@@ -96,8 +98,7 @@ class Manager:
     def submit(self, tasks: list[Task]) -> None:
         """Take tasks in. What an idle worker can run now is sent by this very thread."""
         with self.lock:
-            if self.scheduler.closing:
-                raise RuntimeError("cannot schedule new futures after shutdown")
+            self.check_open()  # somebody may have closed or broken it since the caller looked
             self._start()
             self._handle(ev.Submitted(tasks))
         self._follow_up()
@@ -184,6 +185,18 @@ class Manager:
 
     def _handle(self, event: Any) -> None:
         """Let the scheduler take an event. Sends go to outboxes, in order; the rest is deferred."""
+        try:
+            self._decide(event)
+        except BaseException as error:
+            self._interrupted(error)
+            raise
+
+    def _interrupted(self, error: BaseException) -> None:
+        """A Ctrl-C has come in the middle of something that has to be done whole: the tables cannot be trusted any more."""
+        self._failure = error
+        self._waker.wake()
+
+    def _decide(self, event: Any) -> None:
         actions = self.scheduler.handle(event, time.monotonic())
         if not actions and type(event) is ev.Submitted:
             return
@@ -214,8 +227,12 @@ class Manager:
                 connection = self._touched.popleft()
             except IndexError:  # another thread was faster
                 return
-            if not connection.write():
-                self._full.append(connection)
+            try:
+                if not connection.write():
+                    self._full.append(connection)
+            except BaseException as error:
+                self._interrupted(error)
+                raise
 
     # -- the manager's thread
 
@@ -224,10 +241,11 @@ class Manager:
             while not self.scheduler.finished:
                 self._turn()
         except BaseException as error:  # a defect: say so to everyone who waits instead of leaving them waiting
-            _logger.critical("the manager thread of a FiberExecutor failed", exc_info=True)
             self.scheduler.broken = error
             self.scheduler.closing = True
             _lifetime.abandon_sinks(self, _outcomes.broken(error), forked=False)
+            if self._failure is None:
+                _logger.critical("the manager thread of a FiberExecutor failed", exc_info=True)  # may raise: last
         finally:
             self._end()
 
@@ -258,6 +276,8 @@ class Manager:
         if self._ask_backend or (due is not None and due <= time.monotonic()):
             self._ask_backend = False
             self._poll_backend(events)
+        if self._failure is not None:
+            raise self._failure
         if self._abandoned and not self.scheduler.closing:
             events.append(ev.Closing())
         while self._dropped:
@@ -344,7 +364,7 @@ class Manager:
                 task.sink.deliver(task, action.outcome)
                 task.sink = None
             elif isinstance(action, logging.LogRecord):
-                logging.getLogger(action.name).handle(action)
+                _log(action)
             else:
                 self._do(action)
 
@@ -380,7 +400,7 @@ class Manager:
             self.backend.recall(action.worker, action.number)
             self._ask_backend = True
         elif isinstance(action, ev.Warn):
-            _logger.warning("%s", action.text)
+            _log(_logger.makeRecord(_logger.name, logging.WARNING, __file__, 0, action.text, (), None))
 
     def _error(self, action: ev.Fail) -> BaseException | None:
         task, why, worker, exit = action
@@ -408,3 +428,13 @@ class Manager:
             self._waiting.close()
         self._waker.forked()
         _lifetime.abandon_sinks(self, _outcomes.forked(parent), forked=True)
+
+
+def _log(record: logging.LogRecord) -> None:
+    """Hand a record to the program's logging. What its handlers and filters raise must not end the manager's thread."""
+    logger = logging.getLogger(record.name)
+    try:
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+    except Exception:
+        sys.excepthook(*sys.exc_info())

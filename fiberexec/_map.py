@@ -208,4 +208,5 @@ def _results(
                     more = mapping.submit(group)
                 yield values.pop()
     finally:
-        manager.drop(results)
+        if handed < mapping.taken:
+            manager.drop(results)

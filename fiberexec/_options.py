@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from fiberexec import _retry
@@ -114,6 +115,8 @@ class Profiles:
 
     def _demand(self, function: Callable[..., Any], name: str) -> Resources | None:
         options = self.options
+        while isinstance(function, partial) and not hasattr(function, "__fiberexec_meta__"):
+            function = function.func
         cpu, memory, gpu = getattr(function, "__fiberexec_meta__", (None, None, None))
         demand = Resources(
             (cpu or 0.0) if options.cpu is None else options.cpu,

@@ -62,11 +62,18 @@ class _Forward(logging.Handler):
             self.handleError(record)
 
 
-def forward_logging(level: int, send: Callable[[tuple[Any, ...]], None]) -> None:
-    """Send what this process logs at ``level`` and above to the driver, as tuples of plain values."""
+def log_levels() -> dict[str, int]:
+    """The loggers that have a level of their own, by name; the root is "root"."""
     root = logging.getLogger()
-    root.setLevel(level)
-    root.addHandler(_Forward(send))
+    loggers = [root, *root.manager.loggerDict.values()]
+    return {each.name: each.level for each in loggers if isinstance(each, logging.Logger) and each.level}
+
+
+def forward_logging(levels: dict[str, int], send: Callable[[tuple[Any, ...]], None]) -> None:
+    """Send what this process logs to the driver, as tuples of plain values; ``levels`` are the driver's, by logger."""
+    for name, level in levels.items():
+        logging.getLogger(None if name == "root" else name).setLevel(level)
+    logging.getLogger().addHandler(_Forward(send))
 
 
 def log_record(message: tuple[Any, ...], worker: int, pid: int, host: str) -> logging.LogRecord:

@@ -164,7 +164,12 @@ def gpu_devices() -> tuple[str, ...]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
+        names: list[str] = []
+        for name in map(str.strip, visible.split(",")):
+            if name in names or not (name.isdigit() or name.startswith(("GPU-", "MIG-"))):
+                break  # CUDA, too, takes what comes before the first name that is none
+            names.append(name)
+        return tuple(names)
     try:
         return tuple(str(i) for i in range(len(os.listdir("/proc/driver/nvidia/gpus"))))
     except OSError:

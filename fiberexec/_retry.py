@@ -65,6 +65,8 @@ def _judge(state: Any, value: Any, error: BaseException | None) -> tuple[float |
     if policy.after is not None:
         policy.after(state)
     state.upcoming_sleep = delay = float(policy.wait(state)) if policy.wait is not None else 0.0
+    if not delay >= 0:  # a nan would stay at the top of the queue of what waits, and hold up all others
+        raise ValueError(f"the wait of a retry policy must be 0 or more seconds, got {delay}")
     if policy.stop is not None and policy.stop(state):
         if policy.retry_error_callback is not None:
             return None, policy.retry_error_callback(state), None

@@ -73,7 +73,7 @@ class Worker:
         self._logging = False
         self._is_child = False
         self._slice: _Slice | None = None
-        self._log_level = 0
+        self._log_levels: dict[str, int] = {}
         self.unit: tuple[Any, ...] | None = None  # the unit that is being run
 
     def fileno(self) -> int:
@@ -122,7 +122,7 @@ class Worker:
             os.chdir(setup["cwd"])
         except OSError:
             pass  # it may not exist here
-        self._log_level = setup["log_level"]
+        self._log_levels = setup["log_levels"]
         if setup["prefix"]:
             from fiberexec._output import prefix_output
 
@@ -405,7 +405,7 @@ class Worker:
             self._logging = True
             from fiberexec._output import forward_logging
 
-            forward_logging(self._log_level, self._log)
+            forward_logging(self._log_levels, self._log)
 
     def _log(self, record: tuple[Any, ...]) -> None:
         self._logs.append((task_id(), *record))

@@ -9,7 +9,6 @@ Arguments are pickled here, in the caller's thread, before submit() returns: pic
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import os
 import sys
 import time
@@ -27,9 +26,11 @@ from fiberexec._initargs import share_locks
 from fiberexec._manager import Manager
 from fiberexec._map import submit_map
 from fiberexec._options import Profiles, TaskOptions, check_int
+from fiberexec._output import log_levels
 from fiberexec._scheduler import Limits, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._serialize import FunctionTable, dumps, dumps_call
+from fiberexec._worker import Stopped
 from fiberexec.backends import registry
 from fiberexec.backends.base import Backend
 
@@ -115,7 +116,7 @@ class _Submitter(concurrent.futures.Executor):
             raise ValueError("timeout must be a number of seconds or None, got nan")
         self._manager.check_open()
         deadline = None if timeout is None or timeout > _FOREVER else time.monotonic() + timeout
-        if "submit" in self.__dict__:  # somebody (tqdm) wants to see every task that is submitted
+        if "submit" in self.__dict__ and buffersize is None:  # somebody (tqdm) wants to see every task that is submitted
             return super().map(fn, *iterables, timeout=timeout)
         ref = self._functions.lookup(fn)
         profile = self._profiles.of(fn, ref.id, ref.name)
@@ -255,7 +256,7 @@ class FiberExecutor(_Submitter):
             self._manager.close(wait=True)
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+        if exc_type is not None and issubclass(exc_type, (KeyboardInterrupt, Stopped)):
             self._manager.terminate_all()
         self.shutdown(wait=True)
 
@@ -327,7 +328,7 @@ class _Setup:
             "argv": list(getattr(sys, "argv", [])),
             "cwd": directory,
             "env": dict(self._settings.env or {}),
-            "log_level": logging.getLogger().getEffectiveLevel(),
+            "log_levels": log_levels(),
             "prefix": self._settings.prefix_output,
             "initializer": data if self._has_initializer else None,
         }

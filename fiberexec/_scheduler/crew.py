@@ -13,6 +13,7 @@ from fiberexec._states import BUSY, IDLE, STARTING, STOPPING
 from fiberexec.backends.base import Exit
 
 _PAUSE = 10.0  # seconds without launches after a final failure, where other workers go on
+_SOON = 0.01  # seconds: a worker that is idle for less has not been asked yet
 _AGAIN = 0.05  # seconds until the next launch when a worker died before it was ready
 
 
@@ -24,6 +25,8 @@ class Crew:
         self._agenda = agenda
         self._fleet = fleet
         self._give_up = give_up
+        idle = limits.idle_timeout
+        self._idle_timeout = None if idle is None else max(idle, _SOON)
         self._next_id = 1
         self._launch_at = 0.0  # not before
         self._failed_starts = 0  # in a row
@@ -69,8 +72,8 @@ class Crew:
         worker.step("ready")
         worker.ready_at = worker.idle_since = now
         self._fleet.idle[worker.id] = worker
-        if self._limits.idle_timeout is not None:
-            self._agenda.at(now + self._limits.idle_timeout, self._check_idle, worker.id)
+        if self._idle_timeout is not None:
+            self._agenda.at(now + self._idle_timeout, self._check_idle, worker.id)
 
     def refused(self, event: ev.WorkerRefused) -> None:
         worker = self._fleet.workers.get(event.worker)
@@ -115,7 +118,8 @@ class Crew:
         if delay is None and not any(worker.state in (IDLE, BUSY) for worker in self._fleet.workers.values()):
             self._give_up(error)
             return
-        self._agenda.actions.append(ev.Warn(f"a worker could not be started: {error}"))
+        if self._agenda.now >= self._launch_at:  # not for each of those that fail together
+            self._agenda.actions.append(ev.Warn(f"a worker could not be started: {error}"))
         self._launch_at = self._agenda.now + (_PAUSE if delay is None else delay)
         self._agenda.at(self._launch_at, lambda _: None)
 
@@ -123,7 +127,7 @@ class Crew:
 
     def _check_idle(self, worker_id: int) -> None:
         worker = self._fleet.workers.get(worker_id)
-        timeout = self._limits.idle_timeout
+        timeout = self._idle_timeout
         if worker is None or timeout is None or worker.state not in (IDLE, BUSY):
             return
         now = self._agenda.now

@@ -200,7 +200,11 @@ class LocalBackend:
                 f"sys.path.insert(0, {package!r}); from fiberexec._forkserver import main; main(3, 4, 5)"
             )
             arguments = [sys.executable, *_interpreter_flags(), "-c", program]
-            self._server = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions)
+            # What this process blocks or ignores is its own affair: a fork server that hears of no child hangs.
+            default = (signal.SIGCHLD, signal.SIGTERM, signal.SIGURG)
+            self._server = os.posix_spawn(
+                sys.executable, arguments, os.environ, file_actions=actions, setsigmask=(), setsigdef=default
+            )
         except BaseException:
             for fd in opened:
                 os.close(fd)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
 import sys
+from functools import partial
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any
 
 from fiberexec import _config
 from fiberexec import _messages as messages
 from fiberexec._hub import launch as hub
+from fiberexec._output import log_levels
 from fiberexec._serialize import dumps, dumps_call
 from fiberexec._stream import Buffer
 from fiberexec.backends.base import Exit
@@ -43,7 +44,7 @@ class Popen:
         try:
             call = dumps_call(self._pickle(process_obj), {})
             self._jobs = _jobs.get()
-            self._jobs.start(job, _setup(method), lambda devices: _task(*call, devices))
+            self._jobs.start(job, _setup(method), partial(_task, *call))
         except BaseException:
             job.finish(Exit())
             self.close()
@@ -137,7 +138,7 @@ def _setup(method: str | None) -> tuple[bytes, list[Buffer]]:
         "argv": list(getattr(sys, "argv", [])),
         "cwd": directory,
         "env": dict(settings.env),
-        "log_level": logging.getLogger().getEffectiveLevel(),
+        "log_levels": log_levels(),
         "prefix": settings.prefix_output,
         "initializer": data,
     }
