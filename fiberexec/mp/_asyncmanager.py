@@ -20,11 +20,11 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from multiprocessing.process import current_process
-from typing import Any, ClassVar
+from typing import Any
 
 from fiberexec._serialize import PicklingError
 from fiberexec.mp._proxies import AutoProxy, BaseProxy, lost, own_error, reaching, standard
-from fiberexec.mp.managers import BaseManager, register_standard, util
+from fiberexec.mp.managers import BaseManager, register_standard
 
 __all__ = ["AsyncBaseProxy", "AsyncManager"]
 
@@ -93,7 +93,10 @@ class AsyncBaseProxy(BaseProxy):
     """Base class of an AsyncManager's proxies: methods return a Future; operators (``p[0]``, ``len(p)``) wait."""
 
     _line: Line | None = None
-    _opening: ClassVar[Any] = util.ForkAwareThreadLock()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._opening = threading.Lock()
+        super().__init__(*args, **options)
 
     def _callmethod(self, methodname: str, args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:
         """Call a method of the object: a Future of what BaseProxy's method returns or raises."""
@@ -116,7 +119,7 @@ class AsyncBaseProxy(BaseProxy):
 
     def _after_fork(self) -> None:
         if self._holder != os.getpid():
-            self._line = None
+            self._line, self._opening = None, threading.Lock()
         super()._after_fork()
 
     def __enter__(self) -> Any:

@@ -6,8 +6,10 @@ import importlib.util
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import fiberexec
@@ -128,6 +130,27 @@ def test_a_member_that_would_wait_for_ever_is_ended() -> None:
 
     with pytest.raises(LookupError):
         mp.Ring(2, work).run()
+
+
+def test_a_ring_that_is_interrupted_ends_its_members(tmp_path: Path) -> None:
+    def work(rank: int, size: int) -> None:
+        (tmp_path / str(rank)).write_text(str(os.getpid()))
+        signal.pause()
+
+    def interrupt(*_: object) -> None:
+        if all((tmp_path / str(rank)).exists() for rank in (0, 1)):
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mp.Ring(2, work).run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for rank in (0, 1):
+        assert not psutil.pid_exists(int((tmp_path / str(rank)).read_text()))
 
 
 def test_a_failing_initializer_ends_the_ring() -> None:
