@@ -420,7 +420,7 @@ def test_a_program_that_ends_with_a_busy_pool_ends_at_once(tmp_path: Path) -> No
         "    threading.main_thread().join()\n"
         "    print(pool.apply(pow, (2, 5)), [m.pid for m in pool._pool], flush=True)\n"
         "    pool.map_async(time.sleep, [1000] * 9)\n"
-        "    pool.imap(time.sleep, iter(int, 1))\n"
+        "pool.imap(time.sleep, iter(int, 1))\n"
         "threading.Thread(target=late).start()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(fiberexec.__file__).parents[1])}
