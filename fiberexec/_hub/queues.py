@@ -137,6 +137,7 @@ class Queue(Shared):
         consumer = self._consumers.get((peer.process, slot))
         if consumer is None:
             return True
+        self._settle(consumer, consumer.cell[CLAIMED])
         self._undo(consumer)
         if consumer.held:
             return False  # in a queue that counts: another thread may still mark these as done
@@ -257,7 +258,9 @@ class Queue(Shared):
             self._items.appendleft(held.pop())
 
     def _undo(self, consumer: Consumer) -> None:
-        self._settle(consumer, consumer.cell[CLAIMED])
+        """What is claimed stays held until the consumer says so: it may be about to see that it was too late."""
+        if self._counts:
+            self._settle(consumer, 0)
         self._take_back(consumer, consumer.cell[CLAIMED])
         self._deliver()
 

@@ -38,7 +38,7 @@ _WORK = 0.001  # seconds of a consumer's work that are taken ahead
 _MOST = 256  # items that are taken ahead
 _BATCH = 1 << 20  # bytes, about, and
 _BATCH_ITEMS = 4096  # items at most, in one frame of the feeder
-_IDLE = 0.5  # seconds after which the feeder's thread ends
+_IDLE = 0.05  # seconds after which the feeder's thread ends
 
 
 class _Consumer:
@@ -50,6 +50,7 @@ class _Consumer:
         self.id = id
         self.items: deque[Any] = deque()  # claimed from the left
         self.number = 0  # of the last one claimed
+        self.marked = 0  # how many of them are done
         self.taken = 0  # in the last batch
         self.came = 0.0  # when it came
         self.want = 1
@@ -138,33 +139,52 @@ def _cell(hub: Address, id: int) -> tuple[_Cells, int]:
 
 
 class _Feeder:
-    """Sends what this process has put into queues, in the order of the puts. Its thread runs while there is something."""
+    """Says to the hub what this process put and marked as done, in that order. Its thread runs while there is something."""
 
     def __init__(self) -> None:
-        self._items: deque[tuple[Queue, Any, Any]] = deque()  # queue, data, buffers
+        self._items: deque[tuple[Any, Any, Any]] = deque()  # queue, data, buffers; or queue, None, consumer: a mark
         self._changed = threading.Condition(threading.Lock())
         self._thread: threading.Thread | None = None
         self._waiting = False  # the thread, for items
+        self._resting = False  # the thread is to end when there is nothing to send
+        self._count = 0  # of all items so far
+        self._sent = 0  # of them
 
-    def put(self, queue: Queue, data: Any, buffers: Any) -> None:
+    def put(self, queue: Queue, data: Any, more: Any) -> None:
         with self._changed:
-            queue._put_count += 1
-            self._items.append((queue, data, buffers))
+            self._count += 1
+            self._items.append((queue, data, more))
             if self._waiting:
                 self._changed.notify_all()
             elif self._thread is None:
                 self._start()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that this process has put is sent."""
+        return self._sent == self._count
+
     def flush(self, queue: Queue, patient: bool = True) -> None:
-        """Return when all that was put into ``queue`` so far has been sent; if not ``patient``, or the hub takes no more."""
-        if queue._sent_count == queue._put_count:
+        """Return when all that was put so far has been sent; if not ``patient``, or the hub takes no more for ``queue``."""
+        if self._sent == self._count:
             return
         with self._changed:
-            until = queue._put_count
-            while queue._sent_count < until and self._thread is not None and (patient or queue._full is None):
+            until = self._count
+            while self._sent < until and self._thread is not None and (patient or queue._full is None):
                 self._changed.wait()
 
+    def rest(self) -> None:
+        """Let the thread end, if there is nothing to send."""
+        with self._changed:
+            thread = self._thread
+            if thread is None or not self._waiting or self._items:
+                return
+            self._resting = True
+            self._changed.notify_all()
+        thread.join()
+
     def _start(self) -> None:
+        self._resting = False
         thread = threading.Thread(target=self._run, name="QueueFeederThread", daemon=True)
         self._thread = thread
         try:
@@ -174,31 +194,47 @@ class _Feeder:
             raise
 
     def _run(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    while not self._items:
-                        self._waiting = True
-                        came = self._changed.wait(_IDLE)
-                        self._waiting = False
-                        if not came and not self._items:
-                            return
-                self._send()
-        finally:
+        while True:
             with self._changed:
-                self._thread = None
-                self._changed.notify_all()
+                while not self._items:
+                    self._waiting = True
+                    came = self._changed.wait(_IDLE)
+                    self._waiting = False
+                    if (not came or self._resting) and not self._items:
+                        self._thread = None  # under the lock: the next put starts another
+                        return
+            self._send()
 
     def _send(self) -> None:
-        """Send one batch: items of the same queue."""
-        queue = self._items[0][0]
+        """Send what there is: puts into the first one's queue, and marks, which may come later than they were made."""
+        queue: Queue | None = None
         items: list[Any] = []
         buffers: list[Any] = []
+        marks: list[tuple[JoinableQueue, _Consumer]] = []
         size = 0
-        while self._items and self._items[0][0] is queue and size < _BATCH and len(items) < _BATCH_ITEMS:
-            _, data, own = self._items.popleft()
-            size += len(data) + sum(map(len, own))
-            items.append(_pack(data, own, buffers))
+        while self._items and size < _BATCH and len(items) < _BATCH_ITEMS:
+            target, data, more = self._items[0]
+            if data is None:
+                marks.append((target, more))
+            elif queue is None or target is queue:
+                queue = target
+                size += len(data) + sum(map(len, more))
+                items.append(_pack(data, more, buffers))
+            else:
+                break
+            self._items.popleft()
+        if queue is not None:
+            self._put(queue, items, buffers)
+        for target, consumer in marks:
+            try:
+                target._mark(consumer)
+            except HubLost as error:
+                target._lost = error
+        with self._changed:
+            self._sent += len(items) + len(marks)
+            self._changed.notify_all()
+
+    def _put(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:
         try:
             try:
                 client.request(queue._hub, ("put", queue._id, (items, 0.0)), buffers)
@@ -206,13 +242,8 @@ class _Feeder:
                 self._set_full(queue, error)
                 client.request(queue._hub, ("put", queue._id, (items, None)), buffers)
                 self._set_full(queue, None)
-        except (HubLost, KeyError) as error:
+        except Exception as error:  # the hub has gone, or the queue
             queue._lost = error
-        except Exception as error:
-            queue._on_queue_feeder_error(error, None)
-        with self._changed:
-            queue._sent_count += len(items)
-            self._changed.notify_all()
 
     def _set_full(self, queue: Queue, error: HubFull | None) -> None:
         with self._changed:
@@ -309,7 +340,6 @@ class Queue(_Ends):
 
     def _reset(self) -> None:
         super()._reset()
-        self._put_count = self._sent_count = 0  # by way of the feeder
         self._full: HubFull | None = None  # the hub takes no more for now
         self._lost: Exception | None = None
         self._join_cancelled = False
@@ -339,7 +369,7 @@ class Queue(_Ends):
         except (Full, OSError, MemoryError, KeyError):
             raise
         except Exception as error:
-            self._on_queue_feeder_error(error, obj)
+            self._on_queue_feeder_error(_reason(error), obj)
             return
         if self._exit is None and not self._join_cancelled:
             self._exit = util.Finalize(self, _flush_at_exit, (weakref.ref(self),), exitpriority=-5)
@@ -363,7 +393,7 @@ class Queue(_Ends):
     def qsize(self) -> int:
         """How many objects are in it."""
         _feeder.flush(self, patient=False)
-        return int(self._call("size")) + self._put_count - self._sent_count
+        return int(self._call("size"))
 
     def empty(self) -> bool:
         """Whether nothing is there to get."""
@@ -390,6 +420,7 @@ class Queue(_Ends):
         """Wait until all that this process has put is sent. Only after close()."""
         assert self._closed, f"Queue {self!r} not closed"
         _feeder.flush(self)
+        _feeder.rest()
 
     def cancel_join_thread(self) -> None:
         """Let this process end before all that it has put is sent."""
@@ -399,7 +430,6 @@ class Queue(_Ends):
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        self._put_count = self._sent_count = 0
         self._exit = None
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -423,13 +453,23 @@ class JoinableQueue(Queue):
     _counts = True
 
     def task_done(self) -> None:
-        """Mark the first object as done that this thread got, and did not mark yet. Raises ValueError if there is none."""
-        _feeder.flush(self, patient=False)  # what was put because of it counts before it is done
-        self._check()
+        """Mark the first object as done that this thread got, and did not mark yet. Raises ValueError if there is none.
+
+        What this process put before, into any queue, is there before the object counts as done.
+        """
         consumer = getattr(self._local, "consumer", None)
-        if consumer is None or consumer.cell[DONE] + consumer.cell[OTHERS] >= consumer.number:
+        if consumer is None or consumer.marked + consumer.cell[OTHERS] >= consumer.number:
+            _feeder.flush(self, patient=False)
+            self._check()
             self._call("done", -1)
             return
+        consumer.marked += 1
+        if _feeder.is_idle:
+            self._mark(consumer)
+        else:
+            _feeder.put(self, None, consumer)
+
+    def _mark(self, consumer: _Consumer) -> None:
         cell = consumer.cell
         cell[DONE] += 1
         if cell[DONE] + cell[OTHERS] >= consumer.number and (not consumer.items or cell[RECALLED]):  # else join() waits anyway
@@ -466,6 +506,16 @@ class SimpleQueue(_Ends):
     def _check_open(self) -> None:
         if self._closed:
             raise OSError("handle is closed")
+
+
+def _reason(error: Exception) -> BaseException:
+    """What pickling met, as multiprocessing would report it; it says as well where."""
+    reason = error.__cause__
+    if reason is None:
+        return error
+    if hasattr(reason, "add_note"):
+        reason.add_note(str(error))
+    return reason
 
 
 def _flush_at_exit(ref: weakref.ref[Queue]) -> None:

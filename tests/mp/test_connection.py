@@ -403,7 +403,69 @@ def test_sockets_and_connections_of_multiprocessing_travel() -> None:
         assert left.recv(5) == b"hello"
 
 
+def test_more_ends_than_a_message_can_carry_arrive_all() -> None:
+    one, other = Pipe()
+    pairs = [Pipe(duplex=False) for _ in range(260)]
+    with one, other:
+        thread = sending(one, [writer for _, writer in pairs])
+        arrived = other.recv()
+        thread.join()
+        for number, (end, (reader, writer)) in enumerate(zip(arrived, pairs)):
+            end.send(number)
+            assert reader.recv() == number
+            for each in (end, reader, writer):
+                each.close()
+
+
+def test_ends_that_arrive_as_bytes_or_cannot_be_unpickled_are_closed() -> None:
+    one, other = Pipe()
+    with one, other:
+        for receive, error in ((other.recv_bytes, None), (other.recv, ValueError)):
+            reader, writer = Pipe(duplex=False)
+            one.send([writer] if error is None else [writer, Unloadable()])
+            one.send("next")
+            writer.close()
+            if error is None:
+                message = receive()
+                with pytest.raises(OSError, match="unpickled once"):
+                    loads(message)
+            else:
+                with pytest.raises(error):
+                    receive()
+            with reader, pytest.raises(EOFError):
+                reader.recv()
+            assert other.recv() == "next"
+
+
+def test_ends_in_a_message_that_cannot_be_pickled_are_not_kept() -> None:
+    one, other = Pipe()
+    reader, writer = Pipe(duplex=False)
+    with one, other, reader:
+        with pytest.raises(pickle.PicklingError):
+            one.send([writer, threading.Lock()])
+        writer.close()
+        with pytest.raises(EOFError):
+            reader.recv()
+
+
 # -- ends whose process dies
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_an_end_that_was_under_way_to_a_killed_process_is_heard(reads: bool) -> None:
+    carrier, theirs = Pipe()
+    reader, writer = Pipe(duplex=False)
+    pid = forked(carrier.close, reader.close, writer.close, theirs.recv if reads else int, partial(theirs.send, 1), signal.pause)
+    theirs.close()
+    with carrier, reader:
+        carrier.send(writer)
+        writer.close()
+        assert carrier.recv() == 1
+        assert not reader.poll()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with pytest.raises(EOFError):
+            reader.recv()
 
 
 def forked(*calls: Callable[[], object]) -> int:
