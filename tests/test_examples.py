@@ -214,3 +214,47 @@ def test_benchmarks_measure_and_judge_a_row() -> None:
 
 def test_benchmarks_name_an_unknown_row() -> None:
     assert "no row 'nonsense'" in run("-m", "benchmarks", "--row", "nonsense", cwd=ROOT, code=2).stderr
+
+
+# -- fiberexec.mp
+
+
+def run_mp(name: str, *arguments: object, cwd: Path) -> list[str]:
+    return run(EXAMPLES / "mp" / name, *arguments, cwd=cwd).stdout.splitlines()
+
+
+def test_a_process_prints(tmp_path: Path) -> None:
+    assert run_mp("hello.py", cwd=tmp_path) == ["Hello, fiberexec!"]
+
+
+def test_a_pool_estimates_pi(tmp_path: Path) -> None:
+    (line,) = run_mp("pi.py", 50_000, cwd=tmp_path)
+    assert abs(float(line.split()[-1]) - 3.1416) < 0.1
+
+
+def test_workers_share_queues(tmp_path: Path) -> None:
+    assert run_mp("jobs.py", 200, cwd=tmp_path) == ["200 squares, the last of them 39601"]
+
+
+def test_two_processes_talk_over_a_pipe(tmp_path: Path) -> None:
+    assert run_mp("pipe.py", cwd=tmp_path) == ["HELLO", "PIPE", "exit code 0"]
+
+
+def test_managers_share_objects_and_let_them_work_at_once(tmp_path: Path) -> None:
+    counted, walks = run_mp("managers.py", cwd=tmp_path)
+    assert counted == "'be' was counted 3 times"
+    ends = json.loads(walks.removeprefix("the walks end at "))
+    assert len(ends) == 2 and all(end % 2 == 0 and abs(end) < 100_000 for end in ends)
+
+
+def test_a_ring_sums_up_arrays(tmp_path: Path) -> None:
+    assert run_mp("ring.py", 4, cwd=tmp_path) == ["each member has the sum [6.0, 6.0, 6.0, 6.0]"]
+
+
+def test_evolution_learns_to_balance_the_pole(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium", reason="needs gymnasium: pip install gymnasium")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    last = run_mp("evolution.py", 15, "--plot", "curve.png", cwd=tmp_path)[-1]
+    first, end = map(int, re.findall(r"\d+", last))
+    assert first < 100 and end >= 300, last
+    assert (tmp_path / "curve.png").stat().st_size > 1000
