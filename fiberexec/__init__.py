@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         ConfigError,
         FiberError,
         ForkedError,
+        HubFull,
+        HubLost,
         LaunchError,
         ResourceError,
         TaskTimeout,
@@ -33,6 +35,8 @@ _WHERE = {
         "ConfigError",
         "FiberError",
         "ForkedError",
+        "HubFull",
+        "HubLost",
         "LaunchError",
         "ResourceError",
         "TaskTimeout",
@@ -44,6 +48,21 @@ _WHERE = {
     "_stats": ("Stats", "WorkerInfo"),
     "_task": ("TaskInfo", "current_task"),
     "executor": ("ExecutorView", "FiberExecutor"),
+    "mp": (  # as in the ancestor, these can be had here as well
+        "AsyncManager",
+        "JoinableQueue",
+        "Manager",
+        "Pipe",
+        "Pool",
+        "Process",
+        "Queue",
+        "Ring",
+        "SimpleQueue",
+        "active_children",
+        "cpu_count",
+        "current_process",
+        "get_context",
+    ),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [
@@ -54,6 +73,8 @@ __all__ = [
     "FiberExecutor",
     "FiberFuture",
     "ForkedError",
+    "HubFull",
+    "HubLost",
     "LaunchError",
     "PicklingError",
     "ResourceError",
@@ -68,14 +89,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "mp":
+        return import_module("fiberexec.mp")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"fiberexec.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOME, "mp"})

@@ -80,3 +80,9 @@ def test_every_public_name_is_there_and_named_by_dir() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         fiberexec.nothing_of_that_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["AsyncManager", "Pool", "Process", "Queue", "Ring", "cpu_count"])
+def test_names_of_mp_can_be_had_from_the_package(name: str) -> None:
+    assert getattr(fiberexec, name) == getattr(fiberexec.mp, name)
+    assert "multiprocessing" not in loaded("import fiberexec") - loaded("pass")
