@@ -74,7 +74,8 @@ def meta(*, cpu: float | str | None = None, memory: int | str | None = None, gpu
     """Give a function the resources that each of its tasks needs; they travel with it.
 
     ``cpu`` is in cores (2, 0.5 or "500m"), ``memory`` in MiB or as a string such as "4Gi", ``gpu`` in devices. Options of
-    the executor come first. Raises ConfigError for values that make no sense.
+    the executor come first. Raises ConfigError for values that make no sense, and for what takes no attributes: builtin
+    functions, bound methods.
     """
     if gpu is not None:
         check_int("gpu", gpu, 0)
@@ -82,7 +83,10 @@ def meta(*, cpu: float | str | None = None, memory: int | str | None = None, gpu
     resources = (found["cpu"], found["memory"], gpu)
 
     def mark(function: F) -> F:
-        function.__fiberexec_meta__ = resources  # type: ignore[attr-defined]
+        try:
+            function.__fiberexec_meta__ = resources  # type: ignore[attr-defined]
+        except (AttributeError, TypeError):  # of a type that is built in
+            raise ConfigError(f"meta cannot mark {function!r}: wrap it in a def") from None
         return function
 
     return mark

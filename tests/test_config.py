@@ -111,6 +111,12 @@ def test_a_pyproject_without_our_table_is_passed_over(tmp_path: Path, elsewhere:
     assert load().max_workers == 1
 
 
+@pytest.mark.parametrize("text", ["tool = 3 # fiberexec", "[tool]\nother = 'fiberexec'", "[[tool]]\nfiberexec = 3"])
+def test_a_pyproject_whose_tools_are_something_else_is_passed_over(elsewhere: Path, text: str) -> None:
+    (elsewhere / "pyproject.toml").write_text(text)
+    assert values(load()) == DEFAULTS
+
+
 def test_tables_come_from_a_file_whole(elsewhere: Path) -> None:
     (elsewhere / "fiberexec.toml").write_text('ship = ["data"]\n[env]\nA = "1"\n[backend_options]\nnested = {b = 2}\n')
     settings = load()

@@ -154,6 +154,38 @@ def test_an_interrupt_ends_tasks_that_wait_for_their_next_attempt(make_executor:
     assert future.cancelled()
 
 
+@pytest.mark.parametrize("place", ["deciding", "writing"])
+def test_an_interrupt_in_the_midst_of_submit_ends_the_executor(
+    make_executor: Make, board: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A Ctrl-C comes anywhere: where it leaves half a decision or half a message nothing can go on, but nobody waits."""
+    executor = make_executor(2)
+    running = executor.submit(hold, board)
+    executor.submit(int).result(LIMIT)
+    (pid,) = board.wait("held")
+    caller = threading.current_thread()
+    manager: Any = executor._manager
+    (idle,) = manager.scheduler.fleet.idle
+    owner, name = (manager.scheduler, "handle") if place == "deciding" else (manager.connections[idle], "write")
+    method = getattr(owner, name)
+
+    def interrupted(*args: Any) -> Any:
+        if threading.current_thread() is not caller:
+            return method(*args)
+        monkeypatch.undo()
+        if place == "deciding":
+            method(*args)  # and what it has decided is lost
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt), executor:
+        executor.submit(int)
+    assert running.done() and not is_alive(pid)
+    assert running.cancelled() or isinstance(running.exception(), BrokenExecutor)
+    with pytest.raises(RuntimeError):
+        executor.submit(int)
+
+
 # -- the two harder ends
 
 

@@ -176,6 +176,35 @@ def test_an_iterator_that_is_dropped_cancels_what_waits(
     assert executor.submit(square, 2).result(LIMIT) == 4
 
 
+@pytest.mark.parametrize("buffersize", [None, 4])
+def test_an_iterator_that_was_read_to_its_end_cancels_nothing(
+    executor: FiberExecutor, monkeypatch: pytest.MonkeyPatch, buffersize: int | None
+) -> None:
+    """To look for what is left would take time with everything that waits."""
+    dropped: list[Any] = []
+    monkeypatch.setattr(executor._manager, "drop", dropped.append)
+    assert list(executor.map(square, range(20), buffersize=buffersize)) == [x * x for x in range(20)]
+    assert not dropped
+    partly = executor.map(square, range(20))
+    next(partly)
+    partly.close()  # type: ignore[attr-defined]
+    assert len(dropped) == 1
+
+
+def test_a_buffer_holds_where_somebody_watches_submit(executor: FiberExecutor) -> None:
+    """As progress bars do: they put a submit() of their own into the object."""
+    watched: list[Any] = []
+
+    def watch(*args: Any) -> Any:
+        watched.append(args)
+        return FiberExecutor.submit(executor, *args)
+
+    executor.submit = watch  # type: ignore[method-assign,assignment]
+    assert list(executor.map(square, range(3))) == [0, 1, 4] and len(watched) == 3
+    source = itertools.chain(range(50), map(pytest.fail, ["it was read further than the buffer"]))
+    assert list(itertools.islice(executor.map(square, source, buffersize=3), 40)) == [x * x for x in range(40)]
+
+
 def test_items_are_tasks_with_ids_of_their_own(executor: FiberExecutor) -> None:
     def mine(x: int) -> tuple[int, int]:
         task = fiberexec.current_task()

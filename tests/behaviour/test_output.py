@@ -56,6 +56,44 @@ def test_the_drivers_level_counts(make_executor: Make, caplog: pytest.LogCapture
     assert len(said) == 1 and "loud" in said[0]
 
 
+def test_the_level_of_each_logger_counts(make_executor: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.ERROR, "app.quiet")
+    caplog.set_level(logging.DEBUG, "app.loud")  # the last one is the handler's level too
+    executor = make_executor(1)
+    for name in ("app.loud", "app.quiet", "app.part"):
+        for level in (logging.DEBUG, logging.INFO, logging.ERROR):
+            executor.submit(log_it, level, "said", name=name).result(LIMIT)
+    said = [(record.name, record.levelname) for record in caplog.records if record.name.startswith("app.")]
+    loud = [("app.loud", "DEBUG"), ("app.loud", "INFO"), ("app.loud", "ERROR")]
+    assert said == [*loud, ("app.quiet", "ERROR"), ("app.part", "INFO"), ("app.part", "ERROR")]
+
+
+class Broken(logging.StreamHandler[Any]):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise LookupError("a handler of the program's own")
+
+
+@pytest.mark.parametrize("where", ["handler", "filter"])
+def test_a_handler_or_filter_that_raises_costs_no_task(
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: said.append(str(error)))
+    handler = Broken() if where == "handler" else logging.StreamHandler()
+    if where == "filter":
+        handler.addFilter(lambda record: bool(record.request_id))  # type: ignore[attr-defined]
+    logger = logging.getLogger("app.part")
+    logger.addHandler(handler)
+    try:
+        executor = make_executor(1)
+        for _ in range(3):
+            executor.submit(log_it, logging.ERROR, "oh").result(LIMIT)
+    finally:
+        logger.removeHandler(handler)
+    assert len(said) == 3 and all(("program's own" if where == "handler" else "request_id") in text for text in said)
+
+
 def test_a_logged_exception_brings_its_traceback(make_executor: Make, caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
         try:

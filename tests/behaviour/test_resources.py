@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
@@ -136,6 +137,29 @@ def test_the_devices_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, 
         executor.options(gpu=3).submit(int)
 
 
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        ("0, 2", ("0", "2")),
+        ("MIG-1,GPU-2", ("MIG-1", "GPU-2")),
+        ("0,-1,1", ("0",)),
+        ("1,,2", ("1",)),
+        ("0,1,0,2", ("0", "1")),
+        ("NoDevFiles", ()),
+        ("none", ()),
+        ("void", ()),
+        ("-1", ()),
+        ("", ()),
+    ],
+)
+def test_the_environment_s_devices_end_where_cuda_s_do(
+    monkeypatch: pytest.MonkeyPatch, visible: str, devices: tuple[str, ...]
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _platform.gpu_devices() == devices
+
+
 # -- what can never fit
 
 
@@ -192,6 +216,22 @@ def test_meta_gives_a_function_its_needs(make_executor: Make, board: Any) -> Non
     for future in futures:
         future.result(LIMIT)
     assert peak(board) <= 4
+
+
+def test_meta_counts_inside_a_partial(make_executor: Make, board: Any) -> None:
+    executor = make_executor(6)
+    nested = functools.partial(functools.partial(needs_two), board)
+    for future in [executor.submit(nested) for _ in range(8)]:
+        future.result(LIMIT)
+    assert peak(board) <= 4
+    with pytest.raises(ResourceError, match="cpu=8"):
+        executor.submit(fiberexec.meta(cpu=8)(functools.partial(needs_two, board)))
+
+
+@pytest.mark.parametrize("function", [abs, "text".upper, pytest.MonkeyPatch().undo], ids=["builtin", "method", "bound"])
+def test_meta_says_so_where_it_cannot_mark_a_function(function: Any) -> None:
+    with pytest.raises(fiberexec.ConfigError, match="wrap it in a def"):
+        fiberexec.meta(cpu=1)(function)
 
 
 def test_meta_that_can_never_fit_fails_at_submit(make_executor: Make) -> None:

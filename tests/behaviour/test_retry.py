@@ -154,6 +154,15 @@ def test_what_a_policy_raises_is_the_tasks_exception(executor: FiberExecutor) ->
     assert executor.submit(int, "5").result(LIMIT) == 5
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), -1.0])
+def test_a_wait_that_makes_no_sense_fails_its_task_alone(executor: FiberExecutor, wrong: float) -> None:
+    first = executor.options(retry=Retrying(wait=lambda state: wrong)).submit(until, 3)
+    other = executor.options(retry=Retrying(wait=wait_fixed(0.01))).submit(until, 3)
+    with pytest.raises(ValueError, match="0 or more seconds"):
+        first.result(LIMIT)
+    assert other.result(LIMIT) == 3
+
+
 def test_a_policy_whose_first_callback_raises_fails_its_task_alone(executor: FiberExecutor) -> None:
     def broken(state: tenacity.RetryCallState) -> None:
         raise ArithmeticError("before the first attempt")

@@ -7,7 +7,9 @@ import concurrent.futures.process
 import gc
 import os
 import pickle
+import sys
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable
@@ -129,6 +131,22 @@ def test_a_callback_that_raises_harms_nobody(executor: FiberExecutor, caplog: py
     assert executor.submit(int, "6").result(LIMIT) == 6
 
 
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt])
+def test_a_callback_that_exits_harms_nobody(
+    executor: FiberExecutor, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException]
+) -> None:
+    said: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: said.append(kind))
+
+    def exit(future: Any) -> None:
+        raise raised(3)
+
+    future = executor.submit(time.sleep, 0.1)
+    future.add_done_callback(exit)
+    assert future.result(LIMIT) is None
+    assert executor.submit(int, "6").result(LIMIT) == 6 and said == [raised]
+
+
 def test_a_callback_that_blocks_does_not_keep_others_from_submitting(executor: FiberExecutor) -> None:
     go = threading.Event()
     blocked = threading.Event()
@@ -156,6 +174,41 @@ def test_cancel_takes_a_pending_task_back_and_leaves_a_running_one(make_executor
     assert not running.cancel()
     concurrent.futures.wait(pending, LIMIT)
     assert board.read("ran") == [0, 2]
+
+
+def test_a_future_that_somebody_has_marked_as_running_ends_all_the_same(executor: FiberExecutor, board: Any) -> None:
+    futures = [executor.submit(hold, board) for _ in range(4)]
+    board.wait("held", 2)
+    for future in futures:
+        future.set_running_or_notify_cancel()
+    futures[2].cancel()
+    futures[0].terminate()
+    futures[3].terminate()
+    board.post("go")
+    assert futures[1].result(LIMIT) == "held"
+    for future in (futures[0], futures[2], futures[3]):
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result(LIMIT)
+
+
+class Ends:
+    """An argument that ends the executor while it is pickled."""
+
+    executor: FiberExecutor
+
+    def __reduce__(self) -> Any:
+        self.executor.kill_workers()
+        return Ends, ()
+
+
+def test_an_executor_that_breaks_in_the_midst_of_submit_says_so(executor: FiberExecutor) -> None:
+    executor.submit(int).result(LIMIT)
+    Ends.executor = executor
+    try:
+        with pytest.raises(BrokenExecutor, match="kill_workers"):
+            executor.submit(echo, Ends())
+    finally:
+        del Ends.executor
 
 
 def test_a_cancelled_future_is_seen_by_wait_as_completed_and_callbacks(

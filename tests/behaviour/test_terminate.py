@@ -278,3 +278,23 @@ def test_the_children_of_a_terminated_task_die_with_it(executor: FiberExecutor, 
     board.wait("held")
     assert is_alive(child) and future.terminate() and is_cancelled(future)
     eventually(lambda: not is_alive(child), "the child is gone")
+
+
+def test_a_task_with_an_executor_of_its_own_ends_with_both_their_finally_blocks(make_executor: Make, board: Any) -> None:
+    def inner(board: Any) -> None:
+        try:
+            hold(board)
+        finally:
+            board.post("cleaned up", "inner")
+
+    def outer() -> None:
+        try:
+            with FiberExecutor(1) as executor:
+                executor.submit(inner, board).result()
+        finally:
+            board.post("cleaned up", "outer")
+
+    future = make_executor(1).submit(outer)
+    board.wait("held")
+    assert future.terminate() and is_cancelled(future)
+    assert board.read("cleaned up") == ["inner", "outer"]

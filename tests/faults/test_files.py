@@ -164,6 +164,29 @@ os.write(saved, b"over")
     assert "over" in out
 
 
+@linux
+def test_nothing_of_ours_takes_the_place_of_closed_streams(run: Run, tmp_path: Path) -> None:
+    """A task's own file must not become what its children print to, and its last words go to the report."""
+    out = run(f"""
+def work():
+    fd = os.open({str(tmp_path / "mine")!r}, os.O_RDWR | os.O_CREAT)
+    os.system("echo printed; echo printed >&2")
+    return fd, os.read(fd, 100)
+def crash():
+    os.write(2, b"my last words")
+    os._exit(3)
+saved = os.dup(1)
+os.close(1)
+os.close(2)
+with FiberExecutor(1, max_worker_losses=1) as ex:
+    fd, text = ex.submit(work).result(30)
+    assert fd > 2 and text == b"", (fd, text)
+    assert "my last words" in ex.submit(crash).exception(30).log
+os.write(saved, b"over")
+""")
+    assert "over" in out
+
+
 def test_a_working_directory_that_has_gone_costs_no_task(run: Run, tmp_path: Path) -> None:
     out = run(f"""
 os.mkdir({str(tmp_path / "gone")!r})

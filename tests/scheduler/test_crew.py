@@ -60,6 +60,17 @@ def test_idle_workers_go_after_the_idle_timeout_down_to_the_least(simulate: Make
     assert len(sim.workers) == 2 and sim.launched == 5, "none went that had to be replaced"
 
 
+@pytest.mark.parametrize("least", [0, 1])
+@pytest.mark.parametrize("timeout", [0.0, 1e-9])
+def test_an_idle_timeout_of_nothing_lets_workers_work(simulate: Make, least: int, timeout: float) -> None:
+    sim = simulate(2, min_workers=least, idle_timeout=timeout, work=lambda item, attempt: Attempt(0.01))
+    sim.run(until=1e6)  # a computer's clock may be so large that it does not notice a nanosecond
+    sim.submit(sim.profile(), 3)
+    sim.run(until=sim.now + 10)
+    assert set(sim.outcomes.values()) == {"value"} and len(sim.outcomes) == 3
+    assert sim.launched <= 4 and len(sim.workers) == least
+
+
 def test_a_busy_worker_is_not_idle(simulate: Make) -> None:
     sim = simulate(1, idle_timeout=1.0, work=lambda item, attempt: Attempt(0.8))
     sim.submit(sim.profile(), 10)
@@ -110,6 +121,18 @@ def test_a_final_refusal_beside_a_worker_is_a_warning(simulate: Make) -> None:
     sim.run()
     assert set(sim.outcomes.values()) == {"value"}
     assert "no quota" in sim.warnings[0] and len(sim.warnings) <= 3, "not tried again at every event"
+
+
+def test_launches_that_are_refused_together_are_one_warning(simulate: Make) -> None:
+    sim = simulate(40, launch=lambda n: Refusal(NO, 10.0) if 1 < n <= 40 else 0.05, work=lambda item, attempt: Attempt(1.0))
+    sim.submit(sim.profile(), 1)
+    sim.run(until=0.5)
+    sim.submit(sim.profile(), 39)
+    sim.run(until=5.0)
+    assert sim.scheduler.failed_launches > 20
+    assert len(sim.warnings) == 1 and "no quota" in sim.warnings[0]
+    sim.run()
+    assert set(sim.outcomes.values()) == {"value"}
 
 
 def test_a_worker_that_is_never_ready_breaks_the_executor_at_the_startup_timeout(simulate: Make) -> None:

@@ -254,6 +254,67 @@ print(sum(future.result(0) for future in futures))
     "1225\n",
 )
 
+PROGRAMS["a driver that blocks signals"] = (
+    """
+import signal, time
+from concurrent.futures import wait
+from fiberexec import FiberExecutor
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM, signal.SIGURG})
+def blocked():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+with FiberExecutor(1) as ex:
+    print(ex.submit(blocked).result())
+    future = ex.submit(time.sleep, 600)
+    while not future.running():
+        time.sleep(0.01)
+    future.terminate()
+    wait([future], 20)
+    print(future.cancelled())
+""",
+    "set()\nTrue\n",
+)
+
+PROGRAMS["forked while callbacks wait"] = (
+    """
+import os, time, warnings
+from fiberexec import FiberExecutor
+warnings.simplefilter("ignore", DeprecationWarning)
+ex = FiberExecutor(1)
+future = ex.submit(time.sleep, 0.5)
+future.add_done_callback(lambda f: print("done in the", "parent" if os.getpid() == parent else "child", flush=True))
+parent = os.getpid()
+if (pid := os.fork()) == 0:
+    print(type(future.exception(20)).__name__, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+ex.shutdown()
+""",
+    "ForkedError\ndone in the parent\n",
+)
+
+PROGRAMS["forked after gc.freeze()"] = (
+    """
+import gc, os, time, warnings
+from concurrent.futures import TimeoutError
+from fiberexec import FiberExecutor, ForkedError
+warnings.simplefilter("ignore", DeprecationWarning)
+ex = FiberExecutor(1)
+future, results = ex.submit(time.sleep, 0.5), ex.map(time.sleep, [0.1], timeout=20)
+gc.freeze()
+if (pid := os.fork()) == 0:
+    for wait in (lambda: future.result(20), lambda: next(results)):
+        try:
+            wait()
+        except (ForkedError, TimeoutError) as error:
+            print(type(error).__name__, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+print(future.result(), list(results))
+ex.shutdown()
+""",
+    "ForkedError\nForkedError\nNone [None]\n",
+)
+
 PROGRAMS["read from stdin by a task, whose stdin is empty"] = (
     """
 import sys, os
