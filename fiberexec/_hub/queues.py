@@ -12,8 +12,8 @@ says in its cell how far it is; what it has not claimed can be taken back withou
 Rules:
 - An item belongs to the consumer that claimed it; in a queue that counts (JoinableQueue) not before it was marked as done.
   What else its process held when it died goes back to the front, in order.
-- What a consumer holds and has not claimed after HOLD seconds is taken back, or at once when a get() that must not wait
-  finds nothing else.
+- The first item of an answer is the consumer's, however long it takes to read it. What it holds beyond that and has not
+  claimed after HOLD seconds is taken back, or at once when a get() that must not wait finds nothing else.
 """
 
 from __future__ import annotations
@@ -56,12 +56,18 @@ class Consumer:
         self.first = 1
         self.done = 0  # task_done() calls that have been counted
         self.since = 0.0  # when it got the last ones
+        self.promised = 0  # the number of the first of them
         self.holding: Timer | None = None  # due when it may have held something for too long
         self.recall: Timer | None = None  # under way
 
-    def unclaimed(self) -> int:
-        """How many items can be taken back."""
-        return max(0, self.first + len(self.held) - 1 - self.cell[CLAIMED])
+    @property
+    def last(self) -> int:
+        return self.first + len(self.held) - 1
+
+    @property
+    def kept(self) -> int:
+        """The last item that cannot be taken back."""
+        return max(self.cell[CLAIMED], self.promised)
 
     def end_recall(self) -> None:
         if self.recall is not None:
@@ -103,7 +109,7 @@ class Queue(Shared):
         self._settle(consumer, claimed)
         self._take_back(consumer, claimed)
         if timeout is not None and timeout < 2 * HOLD and not self._items:
-            holders = [each for each in self._consumers.values() if each.unclaimed()]
+            holders = [each for each in self._consumers.values() if each.last > each.kept]
             if holders:
                 timeout += 2 * SETTLE
             for each in holders:
@@ -113,7 +119,7 @@ class Queue(Shared):
         return PARKED
 
     def do_size(self, peer: Peer) -> int:
-        return len(self._items) + sum(consumer.unclaimed() for consumer in self._consumers.values())
+        return len(self._items) + sum(max(0, each.last - each.kept) for each in self._consumers.values())
 
     def do_done(self, peer: Peer, slot: int) -> None:
         """A consumer has marked in its cell what is done; or, with slot -1, a process marks what another thread got."""
@@ -183,7 +189,7 @@ class Queue(Shared):
             consumer = get.consumer
             answer: list[Any] = []
             buffers: list[Any] = []
-            number = consumer.first + len(consumer.held)
+            number = consumer.promised = consumer.last + 1
             size = 0
             while self._items and len(answer) < most and (not size or size + self._items[0].size <= _BATCH):
                 item = self._items.popleft()
@@ -192,9 +198,10 @@ class Queue(Shared):
                 answer.append((item.data, len(item.buffers)) if item.buffers else item.data)
                 buffers += item.buffers
             consumer.cell[RECALLED] = 0
-            consumer.since = monotonic()
-            if consumer.holding is None:
-                self._look_after(consumer)
+            if len(answer) > 1:
+                consumer.since = monotonic()
+                if consumer.holding is None:
+                    self._look_after(consumer)
             get.leave()
             get.peer.undo = partial(self._undo, consumer)
             get.peer.reply((number, answer), buffers)
@@ -254,17 +261,13 @@ class Queue(Shared):
     def _take_back(self, consumer: Consumer, claimed: int) -> None:
         """Put what a consumer holds beyond ``claimed`` to the front."""
         held = consumer.held
-        while held and consumer.first + len(held) - 1 > claimed:
+        while held and consumer.last > claimed:
             self._items.appendleft(held.pop())
 
     def _undo(self, consumer: Consumer) -> None:
-        """What is claimed stays held until the consumer says so: it may be about to see that it was too late."""
-        if self._counts:
-            self._settle(consumer, 0)
+        """The last answer was not seen."""
         self._take_back(consumer, consumer.cell[CLAIMED])
         self._deliver()
-
-    # -- recall
 
     def _look_after(self, consumer: Consumer) -> None:
         consumer.holding = Timer(partial(self._held, consumer))
@@ -272,7 +275,7 @@ class Queue(Shared):
 
     def _held(self, consumer: Consumer) -> None:
         consumer.holding = None
-        if consumer.unclaimed():
+        if consumer.last > consumer.kept:
             if monotonic() < consumer.since + HOLD:
                 self._look_after(consumer)
             else:
@@ -280,13 +283,16 @@ class Queue(Shared):
 
     def _recall(self, consumer: Consumer) -> None:
         if consumer.recall is None:
-            consumer.cell[RECALLED] = consumer.first + len(consumer.held) - 1
+            consumer.cell[RECALLED] = consumer.last
             consumer.recall = Timer(partial(self._recalled, consumer))
             self.hub.at(monotonic() + SETTLE, consumer.recall)
 
     def _recalled(self, consumer: Consumer) -> None:
+        """What is claimed stays held until the consumer says so: it may be about to see that it was too late."""
         consumer.recall = None
-        self._undo(consumer)
+        self._settle(consumer, 0)
+        self._take_back(consumer, consumer.kept)
+        self._deliver()
 
 
 class Get(Wait):

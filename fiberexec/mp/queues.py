@@ -77,22 +77,21 @@ class _Consumer:
             seconds = (monotonic() - self.came) / used
             self.want = max(1, min(_MOST, 2 * self.want, int(_WORK / max(seconds, 1e-7))))
 
-    def receive(self, number: int, items: list[Any], buffers: list[Any]) -> None:
-        self.items.clear()
+    def receive(self, number: int, items: list[Any], buffers: list[Any]) -> Any:
+        """What the hub has answered; returns the first item, which is claimed and cannot be taken back."""
+        self.cell[CLAIMED] = self.number = number
+        self.taken = len(items)
+        self.came = monotonic()
         if buffers:
             position = 0
-            for item in items:
+            for index, item in enumerate(items):
                 if type(item) is tuple:
                     data, count = item
                     own = buffers[position : position + count]
                     position += count
-                    item = (own.pop(0) if data is None else data), own
-                self.items.append(item)
-        else:
-            self.items.extend(items)
-        self.number = number - 1
-        self.taken = len(items)
-        self.came = monotonic()
+                    items[index] = (own.pop(0) if data is None else data), own
+        self.items = deque(items)
+        return self.items.popleft()
 
     def __del__(self) -> None:
         self.cells.free.append((self.id, self.slot))
@@ -293,17 +292,15 @@ class _Ends(Handle):
     def _get(self, timeout: float | None) -> Any:
         """The next item; None if there was none in time."""
         consumer = self._consumer()
-        deadline = None if timeout is None else monotonic() + timeout
-        while (item := consumer.claim()) is None:  # what has just come may have been taken back already
+        item = consumer.claim()
+        if item is None:
             consumer.pace()
             message = "get", self._id, (consumer.slot, consumer.number, consumer.want, timeout)
             answer, buffers = client.request(self._hub, message)
             if answer is None:
                 return None
             number, items = answer
-            consumer.receive(number, items, buffers)
-            if deadline is not None:
-                timeout = max(0.0, deadline - monotonic())
+            item = consumer.receive(number, items, buffers)
         return item
 
     def _after_fork(self) -> None:

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 
 from fiberexec import mp
+from fiberexec._hub import client, wire
+from fiberexec._messages import decode, encode
+from fiberexec._serialize import loads
 from fiberexec.mp import queues
 
 LIMIT = 30.0  # seconds after which a test that waits gives up
@@ -335,6 +338,23 @@ def test_a_consumer_keeps_what_it_claimed_while_others_take_the_rest() -> None:
     for _ in helpers:
         queue.put(None)
     assert ended(*helpers) == [0, 0]
+
+
+def test_an_answer_is_not_taken_back_however_late_it_is_read() -> None:
+    queue = mp.Queue()
+    queue.put("mine")
+    assert queue.get(timeout=LIMIT) == "mine"  # now there are cells
+    late = client._Channel(queue._hub)
+    late.stream.send(wire.REQUEST, encode(("get", queue._id, (wire.CELLS - 1, 0, 1, None))))
+    assert queue.qsize() == 0  # it waits
+    queue.put("late")
+    assert queue.qsize() == 0  # it is promised
+    with pytest.raises(standard.Empty):
+        queue.get(timeout=SHORT)
+    kind, body, _ = late.stream.receive_one()
+    number, items = decode(body)
+    assert (kind, number, [loads(item) for item in items]) == (wire.REPLY, 1, ["late"])
+    late.close()
 
 
 def test_a_slow_consumer_takes_nothing_ahead() -> None:
