@@ -297,6 +297,16 @@ def test_what_imap_was_given_is_done_though_nobody_takes_the_results(log: Log) -
     assert sorted(map(int, log.lines())) == list(range(100))
 
 
+def test_workers_go_when_a_closed_pool_has_done_everything_though_nobody_joins_it(log: Log) -> None:
+    pool = Pool(2)
+    results = pool.imap(square, (i for i in range(3) if log.wait(1)))
+    pool.close()
+    assert len(pool._executor.workers()) == 2
+    log.write("go")
+    until(lambda: not pool._executor.workers())
+    assert list(results) == [0, 1, 4]
+
+
 def test_imap_says_when_a_result_takes_too_long(pool: Pool, log: Log) -> None:
     results = pool.imap(lambda _: len(log.wait(1)), [0])
     with pytest.raises(multiprocessing.TimeoutError):
