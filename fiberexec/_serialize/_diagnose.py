@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import pickle
 import time
 import types
@@ -62,6 +63,7 @@ class _Tracer(_Slow):  # type: ignore[misc]
         super().__init__(io.BytesIO(), PROTOCOL, buffer_callback=lambda _: False)
         self.trail: list[Any] = []
         self.failed: list[Any] = []
+        self.descriptors: list[int] = []  # so that none is left anywhere
         self.steps = 0
         self.deadline = time.monotonic() + MOST_SECONDS
 
@@ -120,6 +122,8 @@ def _trail(root: Any) -> list[Any]:
         tracer.dump(root)
     except (Exception, SystemExit, GeneratorExit):
         pass
+    for fd in tracer.descriptors:
+        os.close(fd)
     return tracer.failed
 
 

@@ -111,24 +111,26 @@ def dumps_result(value: Any) -> tuple[bytes, list[Buffer]]:
     return _dump(value, "result")
 
 
-def dumps_pieces(obj: Any) -> list[Buffer]:
+def dumps_pieces(obj: Any, descriptors: list[int] | None = None) -> list[Buffer]:
     """Pickle `obj` into one stream, given as the pieces to be sent one after the other: large data is among
-    them uncopied. Raises `PicklingError`."""
+    them uncopied. Raises `PicklingError`.
+
+    Copies of descriptors that have to be sent beside it are added to ``descriptors``; None: none can be."""
     kind = type(obj)
     if kind in _SMALL or (kind in _FLAT and (kind is bytes or len(obj) <= _FEW) and _is_flat(obj)):
         return [_plain_dumps(obj, PROTOCOL)]
-    return _dump_pieces(obj)
+    return _dump_pieces(obj, descriptors)
 
 
-def _first_pieces(root: Any) -> list[Buffer]:
+def _first_pieces(root: Any, descriptors: list[int] | None) -> list[Buffer]:
     global _dump_pieces
     from ._pickler import dump_pieces
 
     _dump_pieces = dump_pieces
-    return dump_pieces(root)
+    return dump_pieces(root, descriptors)
 
 
-_dump_pieces: Callable[[Any], list[Buffer]] = _first_pieces
+_dump_pieces: Callable[[Any, list[int] | None], list[Buffer]] = _first_pieces
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:

@@ -14,6 +14,7 @@ Rule: whatever user code raises while it is being pickled comes out as `Pickling
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import types
 from zlib import crc32
@@ -23,6 +24,7 @@ from ._fast import PROTOCOL, Buffer, PicklingError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 IN_BAND = 16 * 1024  # bytes: below this a copy costs less than one more entry in the frame
@@ -40,6 +42,10 @@ class Pickler(pickle.Pickler):
 
     # ids of the cells whose contents come with a function's state and not with the cell itself
     shallow: set[int] | None = None
+    # copies of descriptors that go beside the stream; None: nothing can
+    descriptors: list[int] | None = None
+    # what undoes the other things that were made for this dump, should it fail
+    undo: tuple[Callable[[], None], ...] = ()
     # digests of globals, by the namespace's id and the name
     _digests: dict[tuple[int, str], int | None] | None = None
 
@@ -122,9 +128,12 @@ def dump(root: Any, what: str = "object", in_band: bool = False) -> tuple[bytes,
     """Pickle `root`; `what` ("call", "result", "function", "object") names it in an error's message."""
     buffers: list[Buffer] = []
     file = io.BytesIO()
+    pickler = Pickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers))
     try:
-        Pickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
+        pickler.dump(root)
     except (Exception, SystemExit, GeneratorExit) as error:  # others are no answer of the object's: an interrupt, a stop
+        for undo in pickler.undo:
+            undo()
         return _second_attempt(root, what, in_band, error)
     return file.getvalue(), buffers
 
@@ -136,12 +145,19 @@ class _Pieces:
         self.write = pieces.append
 
 
-def dump_pieces(root: Any) -> list[Buffer]:
-    """Pickle `root` into one stream without buffers: its pieces, in their order."""
+def dump_pieces(root: Any, descriptors: list[int] | None = None) -> list[Buffer]:
+    """Pickle `root` into one stream without buffers: its pieces, in their order. What needs a descriptor where it
+    arrives adds a copy of its own to `descriptors`."""
     pieces: list[Any] = []
+    pickler = Pickler(_Pieces(pieces), PROTOCOL)
+    pickler.descriptors = descriptors
     try:
-        Pickler(_Pieces(pieces), PROTOCOL).dump(root)
+        pickler.dump(root)
     except (Exception, SystemExit, GeneratorExit) as error:
+        for undo in pickler.undo:
+            undo()
+        while descriptors:
+            os.close(descriptors.pop())
         return [_second_attempt(root, "object", True, error)[0]]
     return [piece.raw() if type(piece) is pickle.PickleBuffer else piece for piece in pieces]
 
@@ -151,10 +167,12 @@ def _second_attempt(root: Any, what: str, in_band: bool, error: BaseException) -
     if refused and not isinstance(error, PicklingError):
         buffers: list[Buffer] = []
         file = io.BytesIO()
+        pickler = FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers))
         try:
-            FallbackPickler(file, PROTOCOL, buffer_callback=None if in_band else _collector(buffers)).dump(root)
+            pickler.dump(root)
         except (Exception, SystemExit, GeneratorExit):
-            pass  # the first error is the one to tell: the second may only be dill's
+            for undo in pickler.undo:  # the first error is the one to tell: the second may only be dill's
+                undo()
         else:
             return file.getvalue(), buffers
     from ._diagnose import explain

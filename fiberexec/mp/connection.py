@@ -3,6 +3,10 @@
 A message on the wire is multiprocessing's: its length, then one stream of bytes. So an end may talk to a program that
 uses multiprocessing, and ``send`` may meet ``recv_bytes``. What is large is neither joined before it is sent nor
 gathered before it is unpickled: the pickler's pieces go to the kernel as they are, and the unpickler reads from it.
+
+Ends that are sent through a local pipe go with the message, before which stand -2 and a byte that carries their
+descriptors: if nobody is left to read it, the kernel closes them, and their other ends hear it. On any other way the hub
+keeps the descriptors until they are fetched.
 """
 
 from __future__ import annotations
@@ -12,7 +16,10 @@ import io
 import os
 import pickle
 import socket
+import stat
 import struct
+import threading
+from array import array
 from functools import partial
 from multiprocessing import BufferTooShort
 from multiprocessing import connection as _standard
@@ -20,6 +27,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fiberexec import _platform
 from fiberexec._hub import client, launch
 from fiberexec._hub.wire import HUB
 from fiberexec._serialize import dumps_pieces, loads, register
@@ -29,6 +37,8 @@ __all__ = ["Client", "Connection", "ConnectionLost", "Listener", "Pipe", "wait"]
 _SHORT = struct.Struct("!i")
 _LONG = struct.Struct("!Q")
 _SHORT_MAX = (1 << 31) - 1
+_DESCRIPTORS = struct.pack("!i", -2)
+_MOST_DESCRIPTORS = 250  # in one message: the kernel takes a few more
 _LARGE = 1 << 16  # bytes: from here on a message is not copied together, nor read whole before it is unpickled
 _IOV = 512  # below every platform's IOV_MAX
 _CAPACITY = 1 << 20  # bytes that the kernel may keep of what is under way, if it allows that
@@ -36,6 +46,21 @@ _CAPACITY = 1 << 20  # bytes that the kernel may keep of what is under way, if i
 
 class ConnectionLost(EOFError, ConnectionResetError):
     """The other end of a connection has gone half-way through a message, or without reading what was sent to it."""
+
+
+def _lost() -> ConnectionLost:
+    return ConnectionLost("the other end of the connection has gone in the middle of a message")
+
+
+def _is_local(fd: int) -> bool:
+    """Whether ``fd`` is a socket of this host."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    sock = socket.socket(fileno=fd)
+    try:
+        return sock.family == socket.AF_UNIX
+    finally:
+        sock.detach()
 
 
 class _Message(io.RawIOBase):
@@ -57,7 +82,7 @@ class _Message(io.RawIOBase):
             got = 0
         self._left = self._left - got if got else 0
         if not got:
-            raise ConnectionLost("the other end of the connection has gone in the middle of a message")
+            raise _lost()
         return got
 
     def skip(self) -> None:
@@ -74,6 +99,7 @@ class Connection(_standard.Connection):
     """
 
     _handle: int
+    _local: bool | None = None  # whether descriptors can go through it; None: not known yet
     if TYPE_CHECKING:  # what the base class has
 
         def _check_closed(self) -> None: ...
@@ -88,13 +114,24 @@ class Connection(_standard.Connection):
         """Send an object. Raises ``PicklingError``, and ``OSError`` when the other end has gone."""
         self._check_closed()
         self._check_writable()
-        self._send_pieces(dumps_pieces(obj))
+        if self._local is None:
+            self._local = _is_local(self._handle)
+        descriptors: list[int] | None = [] if self._local else None
+        pieces = dumps_pieces(obj, descriptors)
+        if descriptors:
+            self._send_descriptors(descriptors)
+        self._send_pieces(pieces)
 
     def recv(self) -> Any:
         """Wait for an object. Raises ``EOFError`` when the other end has gone."""
         self._check_closed()
         self._check_readable()
         size = self._recv_size()
+        if size == -2:
+            return self._recv_with_descriptors()
+        return self._recv_object(size)
+
+    def _recv_object(self, size: int) -> Any:
         if size < _LARGE:
             return loads(self._recv_exactly(size))
         message = _Message(self._handle, size)
@@ -103,13 +140,23 @@ class Connection(_standard.Connection):
         finally:
             message.skip()
 
+    def _recv_with_descriptors(self) -> Any:
+        outer = getattr(_arrived, "descriptors", None)
+        _arrived.descriptors = descriptors = dict(enumerate(self._recv_descriptors()))
+        try:
+            return self._recv_object(self._recv_size())
+        finally:
+            _arrived.descriptors = outer
+            for fd in descriptors.values():  # nobody took
+                os.close(fd)
+
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """Wait for one message of bytes. Raises ``EOFError``; ``OSError`` when it is longer than ``maxlength``."""
         self._check_closed()
         self._check_readable()
         if maxlength is not None and maxlength < 0:
             raise ValueError("negative maxlength")
-        size = self._recv_size()
+        size = self._recv_bytes_size()
         if maxlength is not None and size > maxlength:
             self._bad_message_length()
         return self._recv_exactly(size)
@@ -126,7 +173,7 @@ class Connection(_standard.Connection):
                 raise ValueError("negative offset")
             if offset > len(target):
                 raise ValueError("offset too large")
-            size = self._recv_size()
+            size = self._recv_bytes_size()
             if size > len(target) - offset:
                 raise BufferTooShort(self._recv_exactly(size))
             message = _Message(self._handle, size)
@@ -148,9 +195,46 @@ class Connection(_standard.Connection):
         size: int = _SHORT.unpack(head)[0]
         if size == -1:
             size = _LONG.unpack(self._recv_exactly(8))[0]
-        if size < 0:
+        if size < -2:
             self._bad_message_length()
         return size
+
+    def _recv_bytes_size(self) -> int:
+        """As _recv_size(); whoever wants bytes has no use for descriptors."""
+        size = self._recv_size()
+        if size == -2:
+            for fd in self._recv_descriptors():
+                os.close(fd)
+            size = self._recv_size()
+        return size
+
+    def _recv_descriptors(self) -> list[int]:
+        sock = socket.socket(fileno=self._handle)
+        try:
+            data, descriptors = _platform.receive_fds(sock, 1, _MOST_DESCRIPTORS)
+        except ConnectionResetError:
+            data = b""
+        finally:
+            sock.detach()
+        if not data:
+            raise _lost()
+        for fd in descriptors:
+            os.set_inheritable(fd, False)
+        return descriptors
+
+    def _send_descriptors(self, descriptors: list[int]) -> None:
+        sock = socket.socket(fileno=self._handle)
+        try:
+            sock.sendall(_DESCRIPTORS)
+            try:
+                sock.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))])
+            except OSError:
+                sock.sendall(b"\0")  # so that the next message can be read
+                raise
+        finally:
+            sock.detach()
+            for fd in descriptors:
+                os.close(fd)
 
     def _recv_exactly(self, size: int) -> bytes:
         start = b""
@@ -184,26 +268,32 @@ class Connection(_standard.Connection):
 
 def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
     """Two connected ends; unless ``duplex``, the first only receives and the second only sends."""
-    if duplex:
-        one, other = socket.socketpair()
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
-        return Connection(one.detach()), Connection(other.detach())
-    reader, writer = os.pipe()
-    return Connection(reader, writable=False), Connection(writer, readable=False)
+    one, other = socket.socketpair()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
+    return Connection(one.detach(), writable=duplex), Connection(other.detach(), readable=duplex)
 
 
-# -- travelling: the hub keeps a copy of the descriptor until it is fetched
+# -- travelling
+
+_arrived = threading.local()  # descriptors: those that came with the message that this thread unpickles, by their number
 
 
-def _deposit(fd: int) -> tuple[int, str, bytes]:
-    """Leave a descriptor with the hub: what fetches it, once."""
+def _give(pickler: Any, fd: int) -> tuple[Any, ...]:
+    """Let a copy of a descriptor travel with what is being pickled: what takes it there, once."""
+    descriptors = getattr(pickler, "descriptors", None)
+    if descriptors is not None and len(descriptors) < _MOST_DESCRIPTORS:
+        descriptors.append(os.dup(fd))
+        return (len(descriptors) - 1,)
     hub = launch.address()
     id = client.deposit(fd, hub)
     # A process that ends before it has fetched the descriptor must not keep others from hearing that it has ended.
+    discard = partial(_discard, id, hub)
     at_end = getattr(get_spawning_popen(), "at_end", None)
     if at_end is not None:
-        at_end.append(partial(_discard, id, hub))
+        at_end.append(discard)
+    if pickler is not None:
+        pickler.undo = (*getattr(pickler, "undo", ()), discard)
     return id, *hub
 
 
@@ -214,30 +304,34 @@ def _discard(id: int, hub: launch.Address) -> None:
         pass  # the hub has gone, and its copy
 
 
-def _fetch(id: int, path: str, token: bytes) -> int:
+def _take(id: int, *hub: Any) -> int:
     try:
-        return client.fetch(id, launch.Address(path, token))
-    except KeyError:
+        if not hub:
+            fd = _arrived.descriptors.pop(id)
+            return int(fd)
+        return client.fetch(id, launch.Address(*hub))
+    except (LookupError, AttributeError, TypeError):
         text = "this end of a connection has arrived elsewhere already: what was pickled once is unpickled once"
         raise OSError(errno.EBADF, text) from None
 
 
-def _make_connection(where: tuple[int, str, bytes], readable: bool, writable: bool) -> Connection:
-    return Connection(_fetch(*where), readable, writable)
+def _make_connection(where: tuple[Any, ...], readable: bool, writable: bool) -> Connection:
+    return Connection(_take(*where), readable, writable)
 
 
-def _make_socket(where: tuple[int, str, bytes], family: int, kind: int, proto: int) -> socket.socket:
-    return socket.socket(family, kind, proto, _fetch(*where))
+def _make_socket(where: tuple[Any, ...], family: int, kind: int, proto: int) -> socket.socket:
+    return socket.socket(family, kind, proto, _take(*where))
 
 
 def _reduce_connection(pickler: Any, plain: Any) -> tuple[object, ...]:
-    return _make_connection, (_deposit(plain.fileno()), plain.readable, plain.writable)
+    return _make_connection, (_give(pickler, plain.fileno()), plain.readable, plain.writable)
 
 
 def _reduce_socket(pickler: Any, plain: socket.socket) -> tuple[object, ...]:
-    return _make_socket, (_deposit(plain.fileno()), plain.family, plain.type, plain.proto)
+    return _make_socket, (_give(pickler, plain.fileno()), plain.family, plain.type, plain.proto)
 
 
+register(Connection, _reduce_connection)
 register(_standard.Connection, _reduce_connection)
 register(socket.socket, _reduce_socket)
 
