@@ -122,7 +122,7 @@ def _setup(method: str | None) -> tuple[bytes, list[Buffer]]:
     told = {
         "authkey": bytes(process.current_process().authkey),
         "hub": tuple(hub.address()),
-        "environ": {name: os.environ.get(name) for name in _changed},
+        "environ": {name: os.environ.get(name) for name in list(_changed)},
         "interruptible": signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,
         "log_level": util._logger and util._logger.getEffectiveLevel(),
         "log_to_stderr": util._log_to_stderr,

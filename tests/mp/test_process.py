@@ -7,6 +7,8 @@ import gc
 import logging
 import multiprocessing
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,32 @@ def run_script(path: Path) -> tuple[int, str, str]:
     with start_script(path) as program:
         out, err = program.communicate(timeout=LIMIT)
     return program.returncode, out, err
+
+
+class Gate:
+    """Children wait at it until the test opens it for some of them."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = str(path)
+        self._fd = os.open(path, os.O_RDWR)
+
+    def open(self, count: int = 1) -> None:
+        os.write(self._fd, bytes(count))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    made = Gate(tmp_path / "gate")
+    yield made
+    made.close()
+
+
+def wait_at(gate: str) -> None:
+    os.read(os.open(gate, os.O_RDONLY), 1)
 
 
 # -- running
@@ -238,20 +266,18 @@ def test_the_target_and_its_arguments_are_let_go() -> None:
     assert alive() is None
 
 
-def test_100_processes_run_at_once(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-
-    def target(number: int) -> None:
-        say(tmp_path / str(number))
-        gate.open("rb").close()  # waits until somebody opens it for writing
-
-    processes = [mp.Process(target=target, args=(i,)) for i in range(100)]
+def test_100_processes_run_at_once(tmp_path: Path, gate: Gate) -> None:
+    # A function of this module would make each of them import pytest.
+    program = "import os; os.mkdir(name); os.read(os.open(gate, os.O_RDONLY), 1)"
+    names = [tmp_path / str(number) for number in range(100)]
+    processes = [mp.Process(target=exec, args=(program, {"name": str(n), "gate": gate.path})) for n in names]
     for process in processes:
         process.start()
-    for number in range(100):
-        heard(tmp_path / str(number))
-    gate.open("wb").close()
+    deadline = time.monotonic() + LIMIT
+    while not all(name.exists() for name in names):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    gate.open(100)
     assert [ended(process) for process in processes] == [0] * 100
 
 
@@ -356,23 +382,22 @@ def test_threads_may_start_and_join_processes_at_once() -> None:
     assert sorted(code for code in codes if code is not None) == list(range(8))
 
 
-def test_a_child_may_close_what_it_finds_open(tmp_path: Path) -> None:
-    def target() -> None:
+def test_a_child_may_close_what_it_finds_open(tmp_path: Path, gate: Gate) -> None:
+    def target(gate: str) -> None:
         os.closerange(3, 256)
         say(tmp_path / "closed")
-        (tmp_path / "gate").open("rb").close()  # waits until somebody opens it for writing
+        wait_at(gate)
         sys.exit(5)
 
-    os.mkfifo(tmp_path / "gate")
-    process = mp.Process(target=target)
+    process = mp.Process(target=target, args=(gate.path,))
     process.start()
     heard(tmp_path / "closed")
     assert run(lambda: sys.exit(3)).exitcode == 3  # by now the closing has been seen
-    (tmp_path / "gate").open("wb").close()
+    gate.open()
     assert ended(process) == 5
 
 
-def test_what_is_pickled_for_a_process_is_told_of_its_end(tmp_path: Path) -> None:
+def test_what_is_pickled_for_a_process_is_told_of_its_end(gate: Gate) -> None:
     told = threading.Event()
 
     class Handle:
@@ -380,11 +405,10 @@ def test_what_is_pickled_for_a_process_is_told_of_its_end(tmp_path: Path) -> Non
             multiprocessing.context.get_spawning_popen().at_end.append(told.set)  # type: ignore[union-attr]
             return int, ()
 
-    os.mkfifo(tmp_path / "gate")
-    process = mp.Process(target=lambda handle: (tmp_path / "gate").open("rb").close(), args=(Handle(),))
+    process = mp.Process(target=lambda handle, gate: wait_at(gate), args=(Handle(), gate.path))
     process.start()
     assert not told.is_set()
-    (tmp_path / "gate").open("wb").close()
+    gate.open()
     ended(process)
     assert told.wait(LIMIT)
     told.clear()
@@ -609,6 +633,63 @@ def test_when_what_looks_after_processes_dies_they_are_lost_and_the_next_one_run
     assert ended(process) == 255
     assert process.lost == "the fork server died"
     assert run(lambda: sys.exit(2)).exitcode == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_in_the_thread_that_looks_after_processes_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = mp.Process(target=time.sleep, args=(LONG,))
+    process.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(_jobs.Jobs, "_do", lambda *_: 1 / 0)
+        process.kill()
+        assert ended(process) == 255
+    assert process.pid and gone(process.pid)
+    assert process.lost and "division by zero" in process.lost
+    assert run(lambda: sys.exit(2)).exitcode == 2
+
+
+def test_start_says_that_descriptors_have_run_out_and_works_when_there_are_some() -> None:
+    def target() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        refused = 0
+        for spare in range(40):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (5 + spare, hard))
+            process = mp.Process(target=int)
+            try:
+                process.start()
+            except (OSError, fiberexec.LaunchError):
+                refused += 1
+            else:
+                process.join()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        process = mp.Process(target=int)
+        process.start()
+        process.join()
+        sys.exit(process.exitcode == 0 < refused and 7)
+
+    assert run(target).exitcode == 7
+
+
+def test_processes_that_are_killed_at_random_are_all_joined() -> None:
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+
+    def nested() -> None:
+        process = mp.Process(target=time.sleep, args=(LONG,))
+        process.start()
+        process.join()
+
+    targets: list[Callable[[], object]] = [nested, int]
+    for _ in range(5):
+        processes = [mp.Process(target=chance.choice(targets)) for _ in range(8)]
+        for process in processes:
+            process.start()
+            time.sleep(chance.random() / 100)
+        chance.shuffle(processes)
+        for process in processes:
+            chance.choice([process.kill, process.terminate])()
+        assert {ended(process) for process in processes} <= {0, -signal.SIGTERM, -signal.SIGKILL}
 
 
 def test_a_launch_that_fails_is_raised_by_start(monkeypatch: pytest.MonkeyPatch) -> None:
