@@ -116,19 +116,19 @@ class BaseProxy(multiprocessing.managers.BaseProxy):
 
     def _reply(self, request: tuple[Any, ...]) -> Any:
         """What the manager's process answers, over the connection of this thread."""
-        with reaching(self._token.address):
-            try:
+        try:
+            with reaching(self._token.address):
                 if not hasattr(self._tls, "connection"):
                     self._connect()  # type: ignore[attr-defined]
                 self._tls.connection.send(request)
                 return self._tls.connection.recv()
-            except PicklingError as error:  # nothing has been sent
-                raise (reason := own_error(error)) from reason.__cause__
-            except BaseException:  # a reply that is still to come must not be taken for the next call's
-                if hasattr(self._tls, "connection"):
-                    self._tls.connection.close()
-                    del self._tls.connection
-                raise
+        except PicklingError as error:  # nothing has been sent
+            raise (reason := own_error(error)) from reason.__cause__
+        except BaseException:  # a reply that is still to come must not be taken for the next call's
+            if hasattr(self._tls, "connection"):
+                self._tls.connection.close()
+                del self._tls.connection
+            raise
 
     def _outcome(self, kind: str, result: Any) -> Any:
         """What a reply says: a value, a proxy of it, or an exception."""

@@ -31,6 +31,7 @@ __all__ = [
     "Token",
 ]
 util: Any = multiprocessing.util
+_END = 5.0  # seconds that a process which will not serve has to end by itself
 
 
 class BaseManager(multiprocessing.managers.BaseManager):
@@ -80,8 +81,13 @@ class BaseManager(multiprocessing.managers.BaseManager):
                 process.start()
             try:
                 self._address = reader.recv()
-            except EOFError as error:
-                process.join()
+            except BaseException as error:
+                process.join(_END if isinstance(error, EOFError) else 0.0)
+                if process.is_alive():
+                    process.terminate()
+                    process.join()
+                if not isinstance(error, EOFError):
+                    raise
                 raise ManagerLost(f"the manager's process ended before it served: exit code {process.exitcode}") from error
         self._process = process
         self._state.value = standard.State.STARTED

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,6 +220,38 @@ def test_a_manager_whose_initializer_fails_says_so(capfd: pytest.CaptureFixture[
     with pytest.raises(ManagerLost, match="exit code 1"):
         manager.start(lambda: 1 / 0)
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_what_an_argument_raises_is_its_own(manager: SyncManager) -> None:
+    class Bad:
+        def __reduce__(self) -> Any:
+            raise OSError("not the manager's")
+
+    shared = manager.list()
+    with pytest.raises(OSError, match="not the manager's") as caught:
+        shared.append(Bad())
+    assert not isinstance(caught.value, ManagerLost)
+    assert len(shared) == 0
+
+
+def test_an_interrupted_start_leaves_no_process(tmp_path: Path) -> None:
+    def initialize() -> None:
+        (tmp_path / "begun").touch()
+        signal.pause()
+
+    def interrupt(*_: object) -> None:
+        if (tmp_path / "begun").exists():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            Counters().start(initialize)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert mp.active_children() == []
 
 
 def test_an_interrupted_call_leaves_no_reply_for_the_next(manager: SyncManager) -> None:
