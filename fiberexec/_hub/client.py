@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 from _collections import deque  # type: ignore[import-not-found]
-from _socket import AF_UNIX, SOCK_STREAM, socket
+from _socket import AF_UNIX, SO_SNDBUF, SOCK_STREAM, SOL_SOCKET, socket
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -41,6 +41,7 @@ class _Channel:
         self.number = next(_numbers)
         self.seen = 0  # answers that were returned
         sock = socket(AF_UNIX, SOCK_STREAM)
+        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
         replaced = (replaces.number, replaces.seen) if replaces is not None else (0, 0)
         hello = HELLO.pack(MAGIC, hub.token, _key, os.getpid(), self.number, *replaced) + frame
         try:

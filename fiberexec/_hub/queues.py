@@ -1,7 +1,8 @@
 """Queues: the hub's side.
 
-An item is bytes that are never read here: on the wire ``bytes``, or (bytes or None, how many of the frame's buffers belong
-to it), the bytes being the first of these buffers where it says None.
+An item is bytes that are never read here: on the wire ``bytes``, or (bytes or None, kinds), where kinds has a byte for each
+of the frame's buffers that belong to it: 1 if it is of type ``bytes``, which is made again where it is used. None: the bytes
+are the first of these buffers.
 
 A consumer is one thread of one process at one queue. It gets as many items as it wants, when there are that many, and
 says in its cell how far it is; what it has not claimed can be taken back without asking it:
@@ -38,10 +39,11 @@ _OVERHEAD = 100  # bytes that an item costs beside its own
 
 
 class Item:
-    __slots__ = ("buffers", "data", "size")
+    __slots__ = ("buffers", "data", "kinds", "size")
 
-    def __init__(self, data: bytes | None, buffers: Sequence[Any]) -> None:
+    def __init__(self, data: bytes | None, kinds: bytes, buffers: Sequence[Any]) -> None:
         self.data = data
+        self.kinds = kinds
         self.buffers = buffers
         self.size = _OVERHEAD + (len(data) if data is not None else 0) + sum(map(len, buffers))
 
@@ -195,7 +197,7 @@ class Queue(Shared):
                 item = self._items.popleft()
                 consumer.held.append(item)
                 size += item.size
-                answer.append((item.data, len(item.buffers)) if item.buffers else item.data)
+                answer.append((item.data, item.kinds) if item.kinds else item.data)
                 buffers += item.buffers
             consumer.cell[RECALLED] = 0
             if len(answer) > 1:
@@ -330,14 +332,14 @@ class Put(Wait):
 
 def _unpacked(items: list[Any], buffers: list[Any]) -> list[Item]:
     if not buffers:
-        return [Item(data, ()) for data in items]
+        return [Item(data, b"", ()) for data in items]
     found = []
     position = 0
     for item in items:
         if type(item) is tuple:
-            data, count = item
-            found.append(Item(data, buffers[position : position + count]))
-            position += count
+            data, kinds = item
+            found.append(Item(data, kinds, buffers[position : position + len(kinds)]))
+            position += len(kinds)
         else:
-            found.append(Item(item, ()))
+            found.append(Item(item, b"", ()))
     return found

@@ -86,9 +86,9 @@ class _Consumer:
             position = 0
             for index, item in enumerate(items):
                 if type(item) is tuple:
-                    data, count = item
-                    own = buffers[position : position + count]
-                    position += count
+                    data, kinds = item
+                    own = [bytes(b) if kind else b for b, kind in zip(buffers[position : position + len(kinds)], kinds)]
+                    position += len(kinds)
                     items[index] = (own.pop(0) if data is None else data), own
         self.items = deque(items)
         return self.items.popleft()
@@ -255,13 +255,16 @@ _feeder = _Feeder()
 
 def _pack(data: Any, own: Any, buffers: list[Any]) -> Any:
     """An item as the wire has it; its buffers are added to the frame's."""
+    kinds = bytes(type(each) is bytes for each in own)
+    owned = own
     if len(data) >= BULK:
-        own = [data, *own]
+        kinds = b"\0" + kinds
+        owned = [data, *own]
         data = None
-    if not own:
+    if not kinds:
         return data
-    buffers += own
-    return data, len(own)
+    buffers += map(memoryview, owned)  # the hub would make ``bytes`` of what are bytes
+    return data, kinds
 
 
 class _Ends(Handle):
