@@ -24,7 +24,7 @@ PREFIX = "FIBEREXEC_"
 FILE = "fiberexec.toml"
 ARGUMENT = "argument"
 DEFAULT = "default"
-_MAX_SECONDS = 1e9  # 31 years; what is longer overflows the system's timers
+MAX_SECONDS = 1e9  # 31 years; what is longer overflows the system's timers
 _MEBIBYTE = 1 << 20
 
 
@@ -87,24 +87,6 @@ def check(name: str, value: object, source: str = ARGUMENT) -> Any:
         raise ConfigError(f"{name} {error}, got {value!r} ({_where(source)})") from None
 
 
-def parse_memory(value: object) -> int:
-    """Return bytes: an int is MiB, a str is Kubernetes' notation ("4Gi", "512M", "1.5Gi", "4096" bytes).
-
-    Raises ConfigError for anything else, and for less than 1 MiB that is not 0 ("512m" is half a byte there).
-    """
-    result: int = check("memory", value)
-    return result
-
-
-def parse_cpu(value: object) -> float:
-    """Return cores: a number, or a str in Kubernetes' notation ("2", "1.5", "500m").
-
-    Raises ConfigError for anything else.
-    """
-    result: float = check("cpu", value)
-    return result
-
-
 # -- checks: return the value as Settings holds it, or raise TypeError or ValueError that says what it must be
 
 
@@ -123,22 +105,23 @@ def _count(minimum: int) -> Callable[[object], int]:
 
 
 def _seconds(value: object) -> float:
-    number = _number(value, "must be a number of seconds")
-    if not 0 < number <= _MAX_SECONDS:
-        raise ValueError(f"must be greater than 0 and at most {_MAX_SECONDS:g} seconds")
+    number = number_of(value, "must be a number of seconds")
+    if not 0 < number <= MAX_SECONDS:
+        raise ValueError(f"must be greater than 0 and at most {MAX_SECONDS:g} seconds")
     return number
 
 
 def _idle(value: object) -> float | None:
     if value is None:
         return None
-    number = _number(value, "must be a number of seconds, or None for never")
-    if not 0 <= number <= _MAX_SECONDS:
-        raise ValueError(f"must be 0 to {_MAX_SECONDS:g} seconds, or None for never")
+    number = number_of(value, "must be a number of seconds, or None for never")
+    if not 0 <= number <= MAX_SECONDS:
+        raise ValueError(f"must be 0 to {MAX_SECONDS:g} seconds, or None for never")
     return number
 
 
-def _number(value: object, must: str) -> float:
+def number_of(value: object, must: str) -> float:
+    """Return any kind of number as a float. Raises TypeError, saying ``must``, for what is none."""
     if isinstance(value, (bool, str, bytes)):
         raise TypeError(must)
     try:
@@ -153,7 +136,7 @@ def _cpu(value: object) -> float:
         text, milli = (value[:-1], True) if value.endswith("m") else (value, False)
         number = _plain_number(text, must) / (1000 if milli else 1)
     else:
-        number = _number(value, must)
+        number = number_of(value, must)
     if not 0 <= number < float("inf"):
         raise ValueError(must)
     return number

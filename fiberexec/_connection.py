@@ -79,7 +79,7 @@ class Connection:
                 function_buffers += ref.buffers
             data: bytes | None = payload.data
             taken = len(payload.buffers)
-            if payload.size >= messages.BULK and len(payload.data) >= messages.BULK:
+            if len(payload.data) >= messages.BULK:
                 buffers.append(payload.data)
                 data = None
                 taken += 1

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from fiberexec import _retry
+from fiberexec import _config, _retry
 from fiberexec._errors import ConfigError, ResourceError
 from fiberexec._scheduler import Profile
 from fiberexec.backends.base import Pool, Resources
 
 F = TypeVar("F", bound=Callable[..., Any])
 _KEPT = 4096  # profiles
-_MAX_SECONDS = 1e9  # 31 years; what is longer overflows the system's timers
 
 
 class TaskOptions(NamedTuple):
@@ -29,45 +29,33 @@ class TaskOptions(NamedTuple):
 
     def changed(self, changes: dict[str, Any]) -> TaskOptions:
         """A checked copy with some values changed. Raises ConfigError."""
-        if "timeout" in changes:
-            check_seconds("timeout", changes["timeout"], none=True)
-        if "retry" in changes:
-            _retry.check("retry", changes["retry"])
-        for name, least in (("priority", None), ("gpu", 0), ("max_worker_losses", 1)):
-            if name in changes and not (name == "gpu" and changes[name] is None):
-                check_int(name, changes[name], least)
-        changes = {**changes, **sizes(changes)}
-        return self._replace(**changes)
+        return self._replace(**{name: _checked(name, value) for name, value in changes.items()})
 
 
-def check_int(name: str, value: Any, least: int | None) -> None:
-    """Raise ConfigError unless value is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def _checked(name: str, value: Any) -> Any:
+    if name == "retry":
+        _retry.check(name, value)
+        return value
+    if name == "priority":
+        return check_int(name, value, None)
+    if value is None and name != "max_worker_losses":
+        return None
+    return _config.check(name, value)
+
+
+def check_int(name: str, value: Any, least: int | None) -> int:
+    """Return value, an integer of any kind, as an int. Raises ConfigError unless it is one, and at least ``least``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ConfigError(f"{name} must be an int, got {value!r}")
-    if least is not None and value < least:
-        raise ConfigError(f"{name} must be at least {least}, got {value}")
-
-
-def check_seconds(name: str, value: Any, *, none: bool = False) -> None:
-    """Raise ConfigError unless value is a positive, finite number of seconds (or None, if that is allowed)."""
-    if value is None and none:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name} must be a number of seconds{' or None' if none else ''}, got {value!r}")
-    if not 0 < value <= _MAX_SECONDS:
-        raise ConfigError(f"{name} must be more than 0 and at most {_MAX_SECONDS:g} seconds, got {value!r}")
+    number = operator.index(value)
+    if least is not None and number < least:
+        raise ConfigError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def sizes(given: dict[str, Any]) -> dict[str, Any]:
-    """cpu in cores and memory in bytes, from what a user may write; names that are absent stay so."""
-    from fiberexec._config import parse_cpu, parse_memory
-
-    found: dict[str, Any] = {}
-    if "cpu" in given:
-        found["cpu"] = None if given["cpu"] is None else parse_cpu(given["cpu"])
-    if "memory" in given:
-        found["memory"] = None if given["memory"] is None else parse_memory(given["memory"])
-    return found
+    """cpu in cores, memory in bytes and gpu in devices, from what a user may write; None stays None."""
+    return {name: None if value is None else _config.check(name, value) for name, value in given.items()}
 
 
 def meta(*, cpu: float | str | None = None, memory: int | str | None = None, gpu: int | None = None) -> Callable[[F], F]:
@@ -77,10 +65,7 @@ def meta(*, cpu: float | str | None = None, memory: int | str | None = None, gpu
     the executor come first. Raises ConfigError for values that make no sense, and for what takes no attributes: builtin
     functions, bound methods.
     """
-    if gpu is not None:
-        check_int("gpu", gpu, 0)
-    found = sizes({"cpu": cpu, "memory": memory})
-    resources = (found["cpu"], found["memory"], gpu)
+    resources = tuple(sizes({"cpu": cpu, "memory": memory, "gpu": gpu}).values())
 
     def mark(function: F) -> F:
         try:

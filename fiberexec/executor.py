@@ -9,6 +9,7 @@ Arguments are pickled here, in the caller's thread, before submit() returns: pic
 from __future__ import annotations
 
 import concurrent.futures
+import operator
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ from fiberexec._futures import FiberFuture
 from fiberexec._initargs import share_locks
 from fiberexec._manager import Manager
 from fiberexec._map import submit_map
-from fiberexec._options import Profiles, TaskOptions, check_int
+from fiberexec._options import Profiles, TaskOptions
 from fiberexec._output import log_levels
 from fiberexec._scheduler import Limits, Task
 from fiberexec._scheduler import events as ev
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FIRST_DELAY, _LAST_DELAY = 0.1, 10.0  # seconds between launches that fail, doubled each time
-_FOREVER = 1e9  # seconds; what is longer overflows the system's timers
 _unset: Any = object()
 
 
@@ -100,27 +100,42 @@ class _Submitter(concurrent.futures.Executor):
         """
         if not callable(fn):
             raise TypeError(f"the first argument of map() must be callable, got {fn!r}")
-        if chunksize is not None:
-            if isinstance(chunksize, bool) or not isinstance(chunksize, int):
-                raise TypeError("chunksize must be an integer or None")
-            if chunksize < 1:
-                raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None:
-            if isinstance(buffersize, bool) or not isinstance(buffersize, int):
-                raise TypeError("buffersize must be an integer or None")
-            if buffersize < 1:
-                raise ValueError("buffersize must be None or > 0")
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
-            raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
-        if timeout is not None and timeout != timeout:
-            raise ValueError("timeout must be a number of seconds or None, got nan")
+        chunksize, buffersize = _count("chunksize", chunksize), _count("buffersize", buffersize)
+        if timeout is not None:
+            timeout = _config.number_of(timeout, f"timeout must be a number of seconds or None, got {timeout!r}")
+            if timeout != timeout:
+                raise ValueError("timeout must be a number of seconds or None, got nan")
         self._manager.check_open()
-        deadline = None if timeout is None or timeout > _FOREVER else time.monotonic() + timeout
+        deadline = None if timeout is None or timeout > _config.MAX_SECONDS else time.monotonic() + timeout
         if "submit" in self.__dict__ and buffersize is None:  # somebody (tqdm) wants to see every task that is submitted
             return super().map(fn, *iterables, timeout=timeout)
         ref = self._functions.lookup(fn)
         profile = self._profiles.of(fn, ref.id, ref.name)
         return submit_map(self._manager, fn, ref, profile, iterables, deadline, chunksize, buffersize)
+
+    def options(
+        self,
+        *,
+        timeout: float | None = _unset,
+        retry: Any = _unset,
+        priority: int = _unset,
+        cpu: float | str | None = _unset,
+        memory: int | str | None = _unset,
+        gpu: int | None = _unset,
+        max_worker_losses: int = _unset,
+    ) -> ExecutorView:
+        """A view of this executor, itself an Executor, whose tasks have these options; those not named stay as they are.
+
+        ``timeout``: seconds that one attempt of a task may take, from unpickling its arguments to its result being written.
+        ``retry``: a ``tenacity.Retrying`` that decides about every attempt's outcome; None: no retries. ``priority``: tasks of
+        a higher one are sent first. ``cpu``, ``memory``, ``gpu``: what each task needs; it runs when that is free.
+        ``max_worker_losses``: workers that may die executing a task before it fails with WorkerLost; 1 turns re-running off.
+
+        Raises ConfigError for values that make no sense.
+        """
+        given = {"timeout": timeout, "retry": retry, "priority": priority, "cpu": cpu, "memory": memory, "gpu": gpu}
+        given["max_worker_losses"] = max_worker_losses
+        return ExecutorView(self, {name: value for name, value in given.items() if value is not _unset})
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -181,7 +196,8 @@ class FiberExecutor(_Submitter):
         env: Mapping[str, str] | None = None,
         backend_options: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_standard(max_workers, mp_context, initializer, initargs, max_tasks_per_child)
+        _check_standard(mp_context, initializer, initargs)
+        max_tasks_per_child = _count("max_tasks_per_child", max_tasks_per_child)
         _check_backend(backend)
         named = {
             "max_workers": max_workers, "min_workers": min_workers, "image": image, "cpu": cpu, "memory": memory, "gpu": gpu,
@@ -219,30 +235,6 @@ class FiberExecutor(_Submitter):
     def _least(self, min_workers: int, idle_timeout: float | None) -> int:
         """How many workers start at once, and stay; for subclasses."""
         return min_workers
-
-    def options(
-        self,
-        *,
-        timeout: float | None = _unset,
-        retry: Any = _unset,
-        priority: int = _unset,
-        cpu: float | str | None = _unset,
-        memory: int | str | None = _unset,
-        gpu: int | None = _unset,
-        max_worker_losses: int = _unset,
-    ) -> ExecutorView:
-        """A view of this executor, itself an Executor, whose tasks have these options; those not named stay as they are.
-
-        ``timeout``: seconds that one attempt of a task may take, from unpickling its arguments to its result being written.
-        ``retry``: a ``tenacity.Retrying`` that decides about every attempt's outcome; None: no retries. ``priority``: tasks of
-        a higher one are sent first. ``cpu``, ``memory``, ``gpu``: what each task needs; it runs when that is free.
-        ``max_worker_losses``: workers that may die executing a task before it fails with WorkerLost; 1 turns re-running off.
-
-        Raises ConfigError for values that make no sense.
-        """
-        given = {"timeout": timeout, "retry": retry, "priority": priority, "cpu": cpu, "memory": memory, "gpu": gpu}
-        given["max_worker_losses"] = max_worker_losses
-        return ExecutorView(self, self._profiles, {name: value for name, value in given.items() if value is not _unset})
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks. ``wait``: return when all have their outcome and no worker is left; otherwise at once.
@@ -288,16 +280,12 @@ class FiberExecutor(_Submitter):
 class ExecutorView(_Submitter):
     """An executor's tasks with other options; made by ``options()``. It has the executor's workers, and its end."""
 
-    def __init__(self, executor: FiberExecutor, profiles: Profiles, changes: dict[str, Any]) -> None:
-        self._executor = executor
+    def __init__(self, executor: _Submitter, changes: dict[str, Any]) -> None:
+        self._executor = executor  # or a view of it
         self._manager = executor._manager
         self._functions = executor._functions
         self._max_workers = executor._max_workers
-        self._profiles = Profiles(profiles.options.changed(changes), executor._manager.backend.largest)
-
-    def options(self, **changes: Any) -> ExecutorView:
-        """A view with these options changed as well; see ``FiberExecutor.options()``."""
-        return ExecutorView(self._executor, self._profiles, changes)
+        self._profiles = Profiles(executor._profiles.options.changed(changes), executor._manager.backend.largest)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut the whole executor down."""
@@ -365,13 +353,7 @@ def _check_backend(backend: Any) -> None:
     raise ConfigError(f"backend must be a str, a backend's name, or a Backend object; {backend!r} lacks {', '.join(lacking)}")
 
 
-def _check_standard(
-    max_workers: Any, mp_context: Any, initializer: Any, initargs: Any, max_tasks_per_child: Any
-) -> None:
-    if max_workers is not None:
-        check_int("max_workers", max_workers, None)
-        if max_workers < 1:
-            raise ConfigError(f"max_workers must be greater than 0, got {max_workers}")
+def _check_standard(mp_context: Any, initializer: Any, initargs: Any) -> None:
     if mp_context is not None:
         from multiprocessing.context import BaseContext
 
@@ -381,7 +363,15 @@ def _check_standard(
         raise TypeError("initializer must be a callable")
     if not isinstance(initargs, tuple):
         raise TypeError(f"initargs must be a tuple, got {initargs!r}")
-    if max_tasks_per_child is not None:
-        if isinstance(max_tasks_per_child, bool) or not isinstance(max_tasks_per_child, int):
-            raise TypeError("max_tasks_per_child must be an integer")
-        check_int("max_tasks_per_child", max_tasks_per_child, 1)
+
+
+def _count(name: str, value: Any) -> int | None:
+    """The value as an int, or None. Raises as the standard does: TypeError for what is none, ValueError for less than 1."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer or None, got {value!r}")
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name} must be None or > 0, got {number}")
+    return number

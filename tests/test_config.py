@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fiberexec._config import CHECKS, Settings, check, load, parse_cpu, parse_memory
+from fiberexec._config import CHECKS, Settings, check, load
 from fiberexec._errors import ConfigError, FiberError
 
 MIB = 1 << 20
@@ -270,12 +270,12 @@ def test_a_variable_that_is_like_no_setting_is_not_for_us(monkeypatch: pytest.Mo
     ],
 )
 def test_memory_is_mebibytes_or_the_notation_of_kubernetes(value: object, size: int) -> None:
-    assert parse_memory(value) == size
+    assert check("memory", value) == size
 
 
 @pytest.mark.parametrize(("value", "cores"), [(2, 2.0), (0.5, 0.5), ("500m", 0.5), ("1.5", 1.5), (0, 0.0)])
 def test_cpu_is_cores_or_the_notation_of_kubernetes(value: object, cores: float) -> None:
-    assert parse_cpu(value) == cores
+    assert check("cpu", value) == cores
 
 
 def test_numbers_of_other_libraries_are_numbers() -> None:

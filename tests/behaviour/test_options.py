@@ -186,3 +186,29 @@ def test_values_that_make_no_sense_are_refused_by_name(executor: FiberExecutor, 
 def test_an_unknown_option_is_refused(executor: FiberExecutor) -> None:
     with pytest.raises(TypeError, match="timeuot"):
         executor.options(timeuot=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="timeuot"):
+        executor.options(timeout=3).options(timeuot=3)  # type: ignore[call-arg]
+
+
+class Integer:
+    """A number as other libraries have them, numpy's for one."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+def test_numbers_of_other_libraries_are_numbers(make_executor: Make, board: Any) -> None:
+    executor = make_executor(Integer(1), max_tasks_per_child=Integer(30))
+    names = ("timeout", "priority", "cpu", "memory", "max_worker_losses")
+    view = executor.options(gpu=Integer(0), **dict.fromkeys(names, Integer(1)))  # type: ignore[arg-type]
+    running = executor.submit(board.wait, "go")
+    futures = [executor.submit(board.post, "ran", "first"), view.submit(board.post, "ran", "second")]
+    board.post("go")
+    for future in [running, *futures]:
+        future.result(LIMIT)
+    assert board.read("ran") == ["second", "first"]
+    found = executor.map(abs, range(20), timeout=Integer(30), chunksize=Integer(2), buffersize=Integer(4))
+    assert list(found) == list(range(20))
