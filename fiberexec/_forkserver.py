@@ -5,7 +5,7 @@
 Rules:
 - One thread, no module of the user's: forking is safe, and a worker starts as clean as a fresh interpreter.
 - When the control stream ends the driver has gone: every worker's group is killed, then the fork server ends.
-- A worker's group is killed when the worker has ended, and so are orphans that left the group.
+- A worker's group is killed when the worker has ended, and so are orphans in no living worker's session.
 - The driver waits for the first worker, so modules that cost milliseconds (enum, re, socket) are not loaded before it.
 - The last lines that a worker wrote to stderr are kept for the report; all of it is passed on.
 """
@@ -111,9 +111,13 @@ class ForkServer:
                 return
 
     def _sweep(self, spare: Collection[int]) -> None:
+        """Kill the children, but for workers in ``spare`` and what is in their sessions."""
         for pid in _platform.children(os.getpid()):
-            if pid not in spare:
-                _kill(pid)
+            try:
+                if os.getsid(pid) not in spare and pid not in spare:
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass  # it has ended meanwhile
 
     def _handle(self, frame: Frame) -> None:
         kind, body, _ = frame

@@ -417,6 +417,23 @@ def test_what_is_pickled_for_a_process_is_told_of_its_end(gate: Gate) -> None:
     assert told.is_set()
 
 
+def test_what_a_process_leaves_in_the_background_ends_with_it_and_not_with_others(tmp_path: Path, gate: Gate) -> None:
+    def target(gate: str) -> None:
+        found = subprocess.run("sleep 1000 >/dev/null & echo $!", shell=True, stdout=subprocess.PIPE, text=True, check=True)
+        say(tmp_path / "background", found.stdout)
+        wait_at(gate)
+
+    process = mp.Process(target=target, args=(gate.path,))
+    process.start()
+    [background] = map(int, heard(tmp_path / "background"))
+    for _ in range(2):  # the second one is started when the end of the first has been dealt with
+        run(int)
+    assert psutil.Process(background).status() != psutil.STATUS_ZOMBIE
+    gate.open()
+    ended(process)
+    assert gone(background)
+
+
 # -- who is who
 
 
