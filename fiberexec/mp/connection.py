@@ -20,6 +20,8 @@ import stat
 import struct
 import threading
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import BufferTooShort
 from multiprocessing import connection as _standard
@@ -56,9 +58,17 @@ def _is_local(fd: int) -> bool:
     """Whether ``fd`` is a socket of this host."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return False
+    with _socket(fd) as sock:
+        return sock.family == socket.AF_UNIX
+
+
+@contextmanager
+def _socket(fd: int) -> Iterator[socket.socket]:
+    """``fd`` as a socket, blocking whatever socket.setdefaulttimeout() says."""
     sock = socket.socket(fileno=fd)
     try:
-        return sock.family == socket.AF_UNIX
+        sock.setblocking(True)
+        yield sock
     finally:
         sock.detach()
 
@@ -99,7 +109,7 @@ class Connection(_standard.Connection):
     """
 
     _handle: int
-    _local: bool | None = None  # whether descriptors can go through it; None: not known yet
+    _local: bool | None = None  # whether descriptors can go with a message; None: not known yet
     if TYPE_CHECKING:  # what the base class has
 
         def _check_closed(self) -> None: ...
@@ -209,13 +219,9 @@ class Connection(_standard.Connection):
         return size
 
     def _recv_descriptors(self) -> list[int]:
-        sock = socket.socket(fileno=self._handle)
-        try:
+        data, descriptors = b"", list[int]()
+        with _socket(self._handle) as sock, suppress(ConnectionResetError):
             data, descriptors = _platform.receive_fds(sock, 1, _MOST_DESCRIPTORS)
-        except ConnectionResetError:
-            data = b""
-        finally:
-            sock.detach()
         if not data:
             raise _lost()
         for fd in descriptors:
@@ -223,16 +229,15 @@ class Connection(_standard.Connection):
         return descriptors
 
     def _send_descriptors(self, descriptors: list[int]) -> None:
-        sock = socket.socket(fileno=self._handle)
         try:
-            sock.sendall(_DESCRIPTORS)
-            try:
-                sock.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))])
-            except OSError:
-                sock.sendall(b"\0")  # so that the next message can be read
-                raise
+            with _socket(self._handle) as sock:
+                sock.sendall(_DESCRIPTORS)
+                try:
+                    sock.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))])
+                except OSError:
+                    sock.sendall(b"\0")  # so that the next message can be read
+                    raise
         finally:
-            sock.detach()
             for fd in descriptors:
                 os.close(fd)
 
@@ -249,7 +254,7 @@ class Connection(_standard.Connection):
         return start + io.BufferedReader(message, _LARGE).read(size - len(start))
 
     def _send_bytes(self, buf: memoryview) -> None:
-        self._send_pieces([buf])
+        self._send_pieces([buf.cast("B")])
 
     def _send_pieces(self, pieces: list[Any]) -> None:
         """Send one message."""
@@ -269,8 +274,9 @@ class Connection(_standard.Connection):
 def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
     """Two connected ends; unless ``duplex``, the first only receives and the second only sends."""
     one, other = socket.socketpair()
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
-    other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
+    for end in (one, other):
+        end.setblocking(True)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
     return Connection(one.detach(), writable=duplex), Connection(other.detach(), readable=duplex)
 
 

@@ -192,6 +192,29 @@ def test_a_message_above_maxlength_closes_the_way_in() -> None:
         assert one.recv() == 1
 
 
+def test_the_time_limit_of_other_sockets_is_not_theirs() -> None:
+    socket.setdefaulttimeout(0.001)
+    try:
+        one, other = Pipe()
+        with one, other:
+            reader, writer = Pipe(duplex=False)
+            one.send([writer])
+            arrived = other.recv()[0]
+            for end in (one, other, reader, arrived):
+                assert os.get_blocking(end.fileno())
+                end.close()
+            writer.close()
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_arrays_of_bytes_are_sent_whole_whatever_their_shape() -> None:
+    one, other = Pipe()
+    with one, other:
+        one.send_bytes(memoryview(bytes(range(12))).cast("B", (3, 4)))
+        assert other.recv_bytes() == bytes(range(12))
+
+
 def test_one_way_pipes_refuse_the_other_way() -> None:
     reader, writer = Pipe(duplex=False)
     with reader, writer:
