@@ -17,26 +17,23 @@ import faulthandler
 import os
 import sys
 from _socket import gethostname, socket
-from _thread import allocate_lock
 from time import monotonic, monotonic_ns
 
 from fiberexec import _messages as messages
+from fiberexec._outbox import Outbox, flush_output
 from fiberexec._serialize import dump_exception, dumps_plain, dumps_result, is_plain, loads
-from fiberexec._stream import Buffer, Stream
+from fiberexec._stream import Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import FrameType
     from typing import Any, NoReturn
-
-    Record = tuple[int, int, int, bytes | None, int, float]
 
 # Words of the cell.
 RUNNING, STARTED, CLAIMED, RECALLED = range(4)  # item's number | monotonic ns | last item claimed | last item recalled
 
 FLUSH = 0.003  # seconds that a result may wait for company
-FLUSH_BYTES = 1 << 20
 SLICE = 2048  # items at most, and
 SLICE_SECONDS = 0.001  # seconds about, that run between two looks at the clock
 
@@ -64,11 +61,7 @@ class Worker:
         self._cell = cell
         self._functions: dict[int, Any] = {}  # by id: the function, or (data, buffers) until its first task
         self._paces: dict[int, int] = {}  # by function: items in the next slice
-        self._outbox: list[tuple[Record, Sequence[Buffer]]] = []
-        self._logs: list[tuple[Any, ...]] = []
-        self._bytes = 0
-        self._flushed = 0.0
-        self._sending = allocate_lock()  # held by the thread that writes to the stream; nobody waits for it
+        self._outbox = Outbox(self._stream)
         self._stopping = False
         self._logging = False
         self._is_child = False
@@ -101,7 +94,7 @@ class Worker:
         except (EOFError, OSError):
             os.killpg(0, signal.SIGKILL)  # the driver has gone
         finally:
-            _flush_output()
+            flush_output()
             os._exit(code)
 
     def _serve(self) -> None:
@@ -173,7 +166,7 @@ class Worker:
         for function_id, data, taken in functions:
             self._functions[function_id] = data, buffers[position : position + taken]
             position += taken
-        self._flushed = monotonic()
+        self._outbox.flushed = monotonic()
         for unit in units:
             taken = unit[8]
             self.unit = unit
@@ -185,7 +178,7 @@ class Worker:
         for function_id in forget:
             self._functions.pop(function_id, None)
             self._paces.pop(function_id, None)
-        self._flush()
+        self._outbox.flush()
 
     def _run_unit(self, unit: tuple[Any, ...], data: bytes, buffers: Any) -> None:
         number, _, _, function_id, start, stop, kind, _, _, extra = unit
@@ -217,7 +210,7 @@ class Worker:
         if cell[RECALLED] < number:
             return True
         cell[CLAIMED] = number - 1
-        self._reply(number, rest or size, messages.RECALLED, b"", (), 0.0)
+        self._outbox.reply(number, rest or size, messages.RECALLED, b"", (), 0.0)
         return False
 
     def _function(self, function_id: int) -> Any:
@@ -252,9 +245,9 @@ class Worker:
             args = kwargs = value = None
         self._check_forked(None)
         now = monotonic()
-        self._reply(number, 1, status, data, buffers, now - started)
-        if now - self._flushed > FLUSH:
-            self._flush()
+        self._outbox.reply(number, 1, status, data, buffers, now - started)
+        if now - self._outbox.flushed > FLUSH:
+            self._outbox.flush()
 
     def _run_columns(self, number: int, function_id: int, columns: tuple[list[Any], ...], start: int, stop: int) -> None:
         """Run plain items in slices, with as little as possible between two calls: the loop's own target is the cell.
@@ -295,15 +288,15 @@ class Worker:
             done = part.number - number
             if error is not None:
                 cell[RUNNING] = part.number
-                self._reply(part.number, 1, messages.ERROR, dump_exception(error), (), alone)
+                self._outbox.reply(part.number, 1, messages.ERROR, dump_exception(error), (), alone)
                 done += 1
             elif done < size:  # the rest was recalled meanwhile
-                self._reply(part.number, stop - start - done, messages.RECALLED, b"", (), 0.0)
+                self._outbox.reply(part.number, stop - start - done, messages.RECALLED, b"", (), 0.0)
                 return
             number += done
             start += done
-            if now - self._flushed > FLUSH:
-                self._flush()
+            if now - self._outbox.flushed > FLUSH:
+                self._outbox.flush()
             pace = max(1, min(SLICE, 2 * pace, int(SLICE_SECONDS * size / max(now - began, 1e-7))))
         self._paces[function_id] = pace
 
@@ -318,18 +311,18 @@ class Worker:
         seconds = now - part.began
         part.began = now
         if len(results) > 1 and is_plain(results):
-            self._reply(number, len(results), messages.VALUES, dumps_plain(results), (), seconds)
+            self._outbox.reply(number, len(results), messages.VALUES, dumps_plain(results), (), seconds)
             return
         running = self._cell[RUNNING]
         for result in results:  # pickling runs the user's code: each on its own account
             self._cell[RUNNING] = number
             try:
                 data, buffers = dumps_result(result)
-                self._reply(number, 1, messages.VALUE, data, buffers, seconds / len(results))
+                self._outbox.reply(number, 1, messages.VALUE, data, buffers, seconds / len(results))
             except BaseException as error:
                 if self._stopping:
                     raise Stopped from None
-                self._reply(number, 1, messages.ERROR, dump_exception(error), (), 0.0)
+                self._outbox.reply(number, 1, messages.ERROR, dump_exception(error), (), 0.0)
             number += 1
         self._cell[RUNNING] = running
 
@@ -343,7 +336,7 @@ class Worker:
         elif error is not None:
             sys.excepthook(type(error), error, error.__traceback__)
             code = 1
-        _flush_output()
+        flush_output()
         os._exit(code)
 
     def _forked(self) -> None:
@@ -352,35 +345,6 @@ class Worker:
         if signal.getsignal(signal.SIGTERM) == self._stop:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGURG, signal.SIG_DFL)
-
-    # -- replying
-
-    def _reply(self, number: int, size: int, status: int, data: bytes, buffers: Sequence[Buffer], seconds: float) -> None:
-        if len(data) >= messages.BULK:
-            self._outbox.append(((number, size, status, None, len(buffers) + 1, seconds), (data, *buffers)))
-            self._flush()
-            return
-        self._outbox.append(((number, size, status, data, len(buffers), seconds), buffers))
-        self._bytes += len(data)
-        if self._bytes > FLUSH_BYTES or buffers:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Send what is there. Whoever is sending already, in this or another thread, takes it along."""
-        while (self._outbox or self._logs) and self._sending.acquire(False):
-            try:
-                while self._logs:
-                    self._stream.send(messages.LOG, messages.encode(self._logs.pop(0)))
-                batch = self._outbox[:]
-                if batch:
-                    _flush_output()  # what a task printed is there when it is done
-                    del self._outbox[: len(batch)]
-                    self._bytes = 0
-                    buffers = [buffer for _, owned in batch for buffer in owned]
-                    self._stream.send(messages.RESULTS, messages.encode([record for record, _ in batch]), buffers)
-                    self._flushed = monotonic()
-            finally:
-                self._sending.release()
 
     def _nudged(self, number: int, frame: FrameType | None) -> None:
         """A task takes longer than was thought: hand over what is done, let go of what was recalled.
@@ -396,7 +360,7 @@ class Worker:
                 cell[CLAIMED] = running
                 for column in part.columns:  # the loop ends there
                     del column[running - part.first + 1 :]
-        self._flush()
+        self._outbox.flush()
 
     # -- logging
 
@@ -408,19 +372,10 @@ class Worker:
             forward_logging(self._log_levels, self._log)
 
     def _log(self, record: tuple[Any, ...]) -> None:
-        self._logs.append((task_id(), *record))
-        self._flush()
+        self._outbox.log((task_id(), *record))
 
 
 current: Worker | None = None  # this process' worker, None in every other process
-
-
-def _flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:  # it is closed, or replaced by something else, or in the middle of a print
-            pass
 
 
 def task_id() -> int:

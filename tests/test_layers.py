@@ -41,7 +41,7 @@ LAYERS = [
     {"fiberexec._forkserver"},
     {"fiberexec._task"},
     {"fiberexec._worker", "fiberexec._bundle"},
-    {"fiberexec._scheduler"},
+    {"fiberexec._scheduler", "fiberexec._outbox"},
     {"fiberexec.backends.base", "fiberexec._states"},
     {"fiberexec._messages", "fiberexec._serialize", "fiberexec._output", "fiberexec._config"},
     {"fiberexec._stream", "fiberexec._platform", "fiberexec._tls"},

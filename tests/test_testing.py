@@ -17,7 +17,7 @@ from tenacity import Retrying, stop_after_attempt, wait_fixed
 from fiberexec import BrokenExecutor, FiberExecutor, WorkerLost, _config
 from fiberexec.backends.base import Backend, Ended, JobEvent, Probed, Recalled, Started
 from fiberexec.backends.local import LocalBackend
-from fiberexec.testing import BACKEND_CHECKS, Exit, FakeBackend, Refusal, Resources, _check, check_backend
+from fiberexec.testing import BACKEND_CHECKS, Exit, FakeBackend, Refusal, Resources, _check, _recorder, check_backend
 
 Check = Callable[[Callable[[], Backend]], None]
 
@@ -117,7 +117,8 @@ BROKEN = {
 def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeBackend]]:
     """Short of patience; whatever was made is really closed in the end."""
     monkeypatch.setattr(_check, "PATIENCE", 2.0)
-    monkeypatch.setattr(_check, "AT_ONCE", 0.5)
+    monkeypatch.setattr(_recorder, "PATIENCE", 2.0)
+    monkeypatch.setattr(_recorder, "AT_ONCE", 0.5)
     made: list[FakeBackend] = []
     yield made
     for backend in made:
@@ -276,7 +277,7 @@ def test_a_capacity_must_count_the_devices() -> None:
 
 def test_a_fake_on_its_own_says_who_started() -> None:
     backend = FakeBackend(1)
-    recorder = _check.Recorder(backend)
+    recorder = _recorder.Recorder(backend)
     try:
         recorder.launch([1])
         (started,) = recorder.wait(Started, 1)
