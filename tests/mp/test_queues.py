@@ -19,7 +19,7 @@ from fiberexec import mp
 from fiberexec._hub import client, wire
 from fiberexec._messages import decode, encode
 from fiberexec._serialize import loads
-from fiberexec.mp import queues
+from fiberexec.mp import _consumer, queues
 
 LIMIT = 30.0  # seconds after which a test that waits gives up
 SHORT = 0.05  # seconds that something is given to happen which must not
@@ -375,7 +375,7 @@ def test_threads_that_end_leave_nothing_behind() -> None:
         helper.start()
         helper.join()
         assert got == [number]
-    cells = next(iter(queues._all_cells.values()))
+    cells = next(iter(_consumer._all_cells.values()))
     assert next(cells.unused) < 10
 
 

@@ -1,0 +1,158 @@
+"""The thread that says to the hub what this process has put into queues."""
+
+from __future__ import annotations
+
+import os
+import threading
+from _collections import deque  # type: ignore[import-not-found]
+from typing import TYPE_CHECKING, Any
+
+from fiberexec._errors import HubFull, HubLost
+from fiberexec._hub import client
+from fiberexec._messages import BULK
+
+if TYPE_CHECKING:
+    from fiberexec.mp._consumer import Consumer
+    from fiberexec.mp.queues import JoinableQueue, Queue
+
+_BATCH = 1 << 20  # bytes, about, and
+_BATCH_ITEMS = 4096  # items at most, in one frame of the feeder
+_IDLE = 0.05  # seconds after which the feeder's thread ends
+
+
+class Feeder:
+    """Says to the hub what this process put and marked as done, in that order. Its thread runs while there is something."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[Any, Any, Any]] = deque()  # queue, data, buffers; or queue, None, consumer: a mark
+        self._changed = threading.Condition(threading.Lock())
+        self._thread: threading.Thread | None = None
+        self._waiting = False  # the thread, for items
+        self._resting = False  # the thread is to end when there is nothing to send
+        self._count = 0  # of all items so far
+        self._sent = 0  # of them
+
+    def put(self, queue: Queue, data: Any, more: Any) -> None:
+        with self._changed:
+            self._count += 1
+            self._items.append((queue, data, more))
+            if self._waiting:
+                self._changed.notify_all()
+            elif self._thread is None:
+                self._start()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that this process has put is sent."""
+        return self._sent == self._count
+
+    def flush(self, queue: Queue, patient: bool = True) -> None:
+        """Return when all that was put so far has been sent; if not ``patient``, or the hub takes no more for ``queue``."""
+        if self._sent == self._count:
+            return
+        with self._changed:
+            until = self._count
+            while self._sent < until and self._thread is not None and (patient or queue._full is None):
+                self._changed.wait()
+
+    def rest(self) -> None:
+        """Let the thread end, if there is nothing to send."""
+        with self._changed:
+            thread = self._thread
+            if thread is None or not self._waiting or self._items:
+                return
+            self._resting = True
+            self._changed.notify_all()
+        thread.join()
+
+    def _start(self) -> None:
+        self._resting = False
+        thread = threading.Thread(target=self._run, name="QueueFeederThread", daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except BaseException:
+            self._thread = None
+            raise
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._items:
+                    self._waiting = True
+                    came = self._changed.wait(_IDLE)
+                    self._waiting = False
+                    if (not came or self._resting) and not self._items:
+                        self._thread = None  # under the lock: the next put starts another
+                        return
+            self._send()
+
+    def _send(self) -> None:
+        """Send what there is: puts into the first one's queue, and marks, which may come later than they were made."""
+        queue: Queue | None = None
+        items: list[Any] = []
+        buffers: list[Any] = []
+        marks: list[tuple[JoinableQueue, Consumer]] = []
+        size = 0
+        while self._items and size < _BATCH and len(items) < _BATCH_ITEMS:
+            target, data, more = self._items[0]
+            if data is None:
+                marks.append((target, more))
+            elif queue is None or target is queue:
+                queue = target
+                size += len(data) + sum(map(len, more))
+                items.append(pack(data, more, buffers))
+            else:
+                break
+            self._items.popleft()
+        if queue is not None:
+            self._put(queue, items, buffers)
+        for target, consumer in marks:
+            try:
+                target._mark(consumer)
+            except HubLost as error:
+                target._lost = error
+        with self._changed:
+            self._sent += len(items) + len(marks)
+            self._changed.notify_all()
+
+    def _put(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:
+        try:
+            try:
+                client.request(queue._hub, ("put", queue._id, (items, 0.0)), buffers)
+            except HubFull as error:
+                self._set_full(queue, error)
+                client.request(queue._hub, ("put", queue._id, (items, None)), buffers)
+                self._set_full(queue, None)
+        except Exception as error:  # the hub has gone, or the queue
+            queue._lost = error
+
+    def _set_full(self, queue: Queue, error: HubFull | None) -> None:
+        with self._changed:
+            queue._full = error
+            self._changed.notify_all()
+
+
+def pack(data: Any, own: Any, buffers: list[Any]) -> Any:
+    """An item as the wire has it; its buffers are added to the frame's."""
+    kinds = bytes(type(each) is bytes for each in own)
+    owned = own
+    if len(data) >= BULK:
+        kinds = b"\0" + kinds
+        owned = [data, *own]
+        data = None
+    if not kinds:
+        return data
+    buffers += map(memoryview, owned)  # the hub would make ``bytes`` of what are bytes
+    return data, kinds
+
+
+feeder = Feeder()
+
+
+def _in_child() -> None:
+    global feeder
+    feeder = Feeder()
+
+
+os.register_at_fork(after_in_child=_in_child)
