@@ -71,8 +71,12 @@ class Popen:
     def pid(self) -> int | None:
         return self._job.pid
 
+    @property
+    def exit(self) -> Exit | None:
+        return self._job.exit
+
     def poll(self) -> int | None:
-        exit = self._job.exit
+        exit = self.exit
         if exit is not None:
             self.returncode = 255 if exit.code is None else exit.code
         return self.returncode

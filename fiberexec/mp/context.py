@@ -215,7 +215,7 @@ class DefaultContext(FiberContext):
 class SpawnProcess(Process):
     """A process of the context "spawn"."""
 
-    _method = "spawn"
+    _context_name = "spawn"
 
 
 class SpawnContext(FiberContext):
@@ -227,7 +227,7 @@ class SpawnContext(FiberContext):
 class ForkProcess(Process):
     """A process of the context "fork"."""
 
-    _method = "fork"
+    _context_name = "fork"
 
 
 class ForkContext(FiberContext):
@@ -239,7 +239,7 @@ class ForkContext(FiberContext):
 class ForkServerProcess(Process):
     """A process of the context "forkserver"."""
 
-    _method = "forkserver"
+    _context_name = "forkserver"
 
 
 class ForkServerContext(FiberContext):
@@ -272,7 +272,9 @@ def get_context(method: str) -> FiberContext:
 def _process_class(method: str) -> type[Process]:
     """The class of a backend's processes, which other processes find under the same name: see __getattr__()."""
     name = f"{method.capitalize()}Process"
-    cls = type(name, (Process,), {"_method": method, "__module__": __name__, "__doc__": f"A process of backend {method!r}."})
+    cls = type(
+        name, (Process,), {"_context_name": method, "__module__": __name__, "__doc__": f"A process of backend {method!r}."}
+    )
     return globals().setdefault(name, cls)  # type: ignore[no-any-return]
 
 

@@ -16,14 +16,18 @@ class Process(BaseProcess):
     """A call of ``target(*args, **kwargs)`` in a process of its own; the same as ``multiprocessing.Process``, and besides:
 
     - ``cpu`` (cores), ``memory`` (MiB, or "4Gi"), ``gpu`` (devices): what the process needs. By default what `@meta` says of
-      the target, then what the settings say. Raises ConfigError for values that make no sense, here or in ``start()``.
+      the target, then what the settings say. Raises ConfigError for values that make no sense.
     - ``host``, ``job_id``, ``lost``: where it runs, what the backend calls it, why it ended if that was not its own doing.
 
-    ``target``, arguments and subclasses may be lambdas, closures and from ``__main__``, which is not run again.
+    ``target``, arguments and subclasses may be lambdas, closures and from ``__main__``, which is not run again. The process
+    ends with its parent, daemon or not, however that ends, and what it has left in the background ends with it.
+
+    ``start()`` raises PicklingError, ResourceError for more than there is, and LaunchError if the backend starts no process
+    and says so within a second; later than that the exit code is 255, and ``lost`` says it.
     """
 
     _start_method = None  # multiprocessing's default context in the child stays as it is
-    _method: str | None = None  # the start method of its context; None: the default context's
+    _context_name: str | None = None  # the start method of its context; None: the default context's
     _popen: Popen | None
 
     def __init__(
@@ -42,14 +46,14 @@ class Process(BaseProcess):
         super().__init__(group, target, name, args, kwargs, daemon=daemon)
         given = getattr(self.run if target is None else target, "__fiberexec_meta__", (None, None, None))
         asked = _checked(cpu, memory, gpu)
-        self._size: tuple[Any, ...] = tuple(default if value is None else value for value, default in zip(asked, given))
+        self._job_size: tuple[Any, ...] = tuple(default if value is None else value for value, default in zip(asked, given))
 
     def _Popen(self, process_obj: Process) -> Popen:
         from fiberexec.mp import _jobs, _popen
         from fiberexec.mp.context import backend_of, default_context
 
-        method = self._method or default_context.get_context()._name
-        return _popen.Popen(self, _jobs.Size(backend_of(method), *self._size), method)
+        method = self._context_name or default_context.get_context()._name
+        return _popen.Popen(self, _jobs.Size(backend_of(method), *self._job_size), method)
 
     @staticmethod
     def _after_fork() -> None:
@@ -78,7 +82,7 @@ class Process(BaseProcess):
 
         Its exit code is 255 then, unless a better one is known.
         """
-        exit = None if self._popen is None else self._popen.job.exit
+        exit = None if self._popen is None else self._popen.exit
         return None if exit is None else exit.reason or (None if exit.code is not None else "for a reason that is not known")
 
 

@@ -791,7 +791,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 def plain_process(**options: Any) -> mp.Process:
     process = mp.Process(target=time.sleep, args=(LONG,), **options)
-    process._method = "plain"
+    process._context_name = "plain"
     return process
 
 
