@@ -15,6 +15,7 @@ from multiprocessing import util
 from typing import Any
 
 from fiberexec import _platform
+from fiberexec._errors import HubLost
 from fiberexec._hub import launch
 
 __all__ = ["Arena", "BufferWrapper", "Heap"]
@@ -50,7 +51,10 @@ _arenas: weakref.WeakValueDictionary[str, Arena] = weakref.WeakValueDictionary()
 def _new_arena(size: int) -> Arena:
     folder = os.path.dirname(launch.address().path)
     launch.start()  # the hub removes its folder, even if this process is killed
-    return Arena(os.path.join(folder, f"memory-{os.urandom(8).hex()}"), size, new=True)
+    try:
+        return Arena(os.path.join(folder, f"memory-{os.urandom(8).hex()}"), size, new=True)
+    except FileNotFoundError:
+        raise HubLost(f"the hub has gone, and {folder} with it, where shared memory stands: start the program again") from None
 
 
 def _allocate(fd: int, size: int, path: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from fiberexec import FiberExecutor, _platform, mp
+from fiberexec._errors import HubLost
 from fiberexec._hub import launch
 from fiberexec._serialize import dumps, loads
 from fiberexec.mp import heap, sharedctypes
@@ -242,6 +243,14 @@ def test_an_object_of_another_host_or_program_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(_platform, "host_name", lambda: "elsewhere")
     with pytest.raises(FileNotFoundError, match="on one host"):
         loads(*pickled)
+
+
+def test_without_the_hubs_folder_the_error_says_so() -> None:
+    address = launch.address()
+    launch.close()
+    launch.adopt(address)  # as a child whose parent has ended
+    with pytest.raises(HubLost, match="has gone"):
+        mp.RawValue("i")
 
 
 def test_files_are_for_this_user_alone() -> None:
