@@ -27,6 +27,7 @@ import pytest
 
 import fiberexec
 from fiberexec import FiberExecutor, mp
+from fiberexec._hub import launch
 from fiberexec.backends import base, registry
 from fiberexec.backends.local import LocalBackend
 from fiberexec.mp import _jobs, _popen, context
@@ -902,3 +903,23 @@ def test_the_loggers_level_and_what_is_logged_travel(caplog: pytest.LogCaptureFi
     finally:
         logger.setLevel(before)
     assert any("from the child" in record.getMessage() for record in caplog.records)
+
+
+def test_a_child_may_be_the_first_to_use_a_shared_object() -> None:
+    def target() -> None:
+        queue = mp.Queue()
+        process = mp.Process(target=queue.put, args=(5,))
+        process.start()
+        process.join()
+        sys.exit(queue.get(timeout=LIMIT))
+
+    assert run(target).exitcode == 5
+    assert run(target).exitcode == 5
+
+
+def test_a_hub_that_cannot_be_started_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError("no hub today")
+
+    monkeypatch.setattr(launch, "start", refuse)
+    assert run(lambda: mp.Queue().put(1)).exitcode == 1
