@@ -50,11 +50,13 @@ class _Channel:
                 _platform.send_fd(sock, hello, fd)
             else:
                 sock.sendall(hello)
-        except OSError as error:
+            self.stream = Stream(sock)
+            _channels.add(self)
+        except BaseException as error:
             sock.close()
-            _lost(hub, error)
-        self.stream = Stream(sock)
-        _channels.add(self)
+            if isinstance(error, OSError):
+                _lost(hub, error)
+            raise
 
     def close(self) -> None:
         _channels.discard(self)

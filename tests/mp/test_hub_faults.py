@@ -299,8 +299,8 @@ def test_a_child_hears_of_the_hubs_end() -> None:
     event, ready = mp.Event(), mp.Event()
 
     def wait() -> None:
-        ready.set()
         try:
+            ready.set()
             event.wait()
         except HubLost:
             os._exit(42)
