@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from fiberexec import mp
@@ -274,10 +275,12 @@ def test_when_the_hub_is_killed_every_call_ends_and_says_so() -> None:
     waiting.wait()
     eventually(lambda: condition._call("sleepers") == 1 and barrier.n_waiting == 1)
     began = time.monotonic()
-    os.kill(launch._pid, signal.SIGKILL)
+    hub = psutil.Process(launch._pid)
+    hub.kill()
     for each in threads:
         each.join(LIMIT)
     assert time.monotonic() - began < 5
+    eventually(lambda: hub.status() == psutil.STATUS_ZOMBIE)  # all of its connections are closed
     assert [type(error) for error in heard] == [HubLost] * len(calls)
     for call in (lock.acquire, lock.release, queue.qsize, lambda: queue.get(False), event.set, mp.Lock, mp.Queue):
         with pytest.raises(HubLost, match="has gone"):
