@@ -1,8 +1,8 @@
 """CPython's own tests of ``multiprocessing``, of the interpreter that imports this, with ``fiberexec.mp`` in its place.
 
 Nothing is copied. The source of ``test._test_multiprocessing`` is run as this very module, so that a child process which
-imports a test's function finds the same module with the same exchange. Two things are exchanged: what an ``import`` of
-``multiprocessing`` gives, in the tests and in the programs they start, and nothing if FIBEREXEC_CONFORMANCE is "spawn".
+imports a test's function finds the same module with the same exchange. What is exchanged is what an ``import`` of
+``multiprocessing`` gives, in the tests and in the programs that they start; nothing, if FIBEREXEC_CONFORMANCE is "spawn".
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import re
 import types
 from pathlib import Path
 from typing import Any
+
+import fiberexec
 
 HERE = Path(__file__).parent
 STANDARD = os.environ.get("FIBEREXEC_CONFORMANCE") == "spawn"
@@ -68,7 +70,7 @@ def replacement(name: str, globals: Any = None, locals: Any = None, fromlist: An
 class Programs(ast.NodeTransformer):
     """Exchanges the imports in the programs that the tests give to another interpreter, which knows no PYTHONPATH."""
 
-    PATH = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parents[1])]!r}; "
+    PATH = f"import sys; sys.path[:0] = {[str(HERE), str(Path(fiberexec.__file__).parents[1])]!r}; "
     IMPORTS = (
         (r"^(\s*)from multiprocessing ", r"\1{path}from fiberexec.mp "),
         (r"^(\s*)import multiprocessing as mp\b", r"\1{path}from fiberexec import mp"),

@@ -22,6 +22,7 @@ import contextlib
 import faulthandler
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -80,7 +81,9 @@ def cache() -> tempfile.TemporaryDirectory[str]:
 
 
 def command(*arguments: str, spawn: bool = False) -> dict[str, Any]:
-    path = [str(HERE), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    installed = importlib.util.find_spec("fiberexec")
+    package = Path(installed.origin).parents[1] if installed and installed.origin else HERE.parents[1]
+    path = [str(HERE), str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     mode = "spawn" if spawn else "fiberexec"
     folder = {"FIBEREXEC_CONFORMANCE_CACHE": cache().name}
     return {
