@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import gc
 import os
 import pickle
+import random
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -313,6 +317,41 @@ def test_shared_memory_goes_with_its_manager() -> None:
         values.shm.close()
     with pytest.raises(FileNotFoundError):
         type(block)(block.name)
+
+
+# Others knock.
+
+
+def test_a_wrong_key_is_refused(manager: SyncManager) -> None:
+    other = SyncManager(address=manager.address, authkey=b"wrong")
+    with pytest.raises(mp.AuthenticationError):
+        other.connect()
+    assert list(manager.list([1])) == [1]
+
+
+def test_nothing_is_unpickled_for_who_has_no_key(manager: SyncManager, tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "unpickled"),)
+
+    generator = random.Random(4)
+    payload = pickle.dumps((None, "dummy", (Touch(),), {}))
+    for data in [payload, generator.randbytes(1000), generator.randbytes(10), b"\xff" * 8, b""]:
+        with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+            sock.connect(manager.address)
+            sock.sendall(struct.pack("!i", len(data)) + data)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+    assert list(manager.list([1])) == [1]
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_manager_at_an_address_of_its_own_is_reached_by_who_has_the_key() -> None:
+    with Counters(address=("127.0.0.1", 0), authkey=b"ours") as manager:
+        other = Counters(address=manager.address, authkey=b"ours")
+        other.connect()
+        assert other.Counter(3).add(1) == 4  # type: ignore[attr-defined]
 
 
 # AsyncManager.
