@@ -84,7 +84,7 @@ class FiberFuture(concurrent.futures.Future[T]):
         task, manager = self._task, self._manager
         if task is None or manager is None:
             return super().cancel()
-        manager.cancel([task])
+        manager.cancel_tasks([task])
         return self.cancelled()
 
     def running(self) -> bool:
@@ -102,6 +102,9 @@ class FiberFuture(concurrent.futures.Future[T]):
         if task is None or manager is None:
             return super().cancel()
         return manager.terminate(task)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a future does not travel: send its result, or pass the future on within this process")
 
     # -- the sink
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import sys
 import threading
 import time
@@ -25,22 +24,17 @@ from collections.abc import Callable
 from typing import Any
 
 from fiberexec import _lifetime, _outcomes
-from fiberexec import _messages as messages
-from fiberexec._connection import Connection
 from fiberexec._scheduler import Limits, Scheduler, Task
 from fiberexec._scheduler import events as ev
 from fiberexec._states import DELAYED, DONE, QUEUED
-from fiberexec._stream import Stream
-from fiberexec._waiting import BACKEND, Waiting
-from fiberexec._waker import Waker
+from fiberexec._switchboard import Switchboard
 from fiberexec.backends import base
 
 _logger = logging.getLogger("fiberexec")
-_READS = 16  # of one stream in one turn
 
 
 class Manager:
-    """See the module's description. ``setup`` is what every worker is told first; see Worker._setup."""
+    """See the module's description; for ``setup`` and ``launch_delay`` see Switchboard."""
 
     def __init__(
         self,
@@ -50,20 +44,12 @@ class Manager:
         launch_delay: Callable[[int, BaseException], float | None],
     ) -> None:
         self.backend = backend
+        self.switchboard = Switchboard(backend, setup, launch_delay)
         self.scheduler = Scheduler(limits)
-        self._setup = setup
-        self._launch_delay = launch_delay
         self.lock = threading.Lock()
         self._deferred: deque[Any] = deque()  # actions for the manager's thread
-        self.connections: dict[int, Connection] = {}
-        self._ask_backend = False  # it has something to say
-        self._waiting: Any = None  # a Waiting while there is a thread
-        self._refused = 0  # launches in a row
         self._thread: threading.Thread | None = None
-        self._waker = Waker()
         self._dropped: deque[Any] = deque()  # sinks that nobody reads any more
-        self._touched: deque[Connection] = deque()  # connections with something in their outbox
-        self._full: deque[Connection] = deque()  # what the kernel did not take at once; the manager's thread goes on
         self._planned = math.inf  # when the manager's thread will wake up by itself
         self._overslept = False  # that is too late for the scheduler
         self._abandoned = False  # nobody can submit any more
@@ -103,14 +89,26 @@ class Manager:
             self._handle(ev.Submitted(tasks))
         self._follow_up()
 
-    def cancel(self, tasks: list[Task] | None = None, sink: Any = None) -> None:
-        """Cancel what has not been sent: of these tasks, of a sink's, or (neither given) of all."""
+    def cancel(self, sink: Any = None) -> None:
+        """Cancel everything that has not been sent, or what of it goes to this sink."""
         with self.lock:
-            if tasks is None:
-                tasks = [task for task in self.scheduler.queue.waiting() if sink is None or task.sink is sink]
-            cancelled = [task for task in tasks if task.state in (QUEUED, DELAYED)]
-            self._handle(ev.Cancelled(cancelled))
-        for task in cancelled:
+            waiting = self.scheduler.queue.waiting()
+            cancelled = self._take_out(waiting if sink is None else [task for task in waiting if task.sink is sink])
+        self._fail_all(cancelled)
+
+    def cancel_tasks(self, tasks: list[Task]) -> None:
+        """Cancel those of these tasks that have not been sent."""
+        with self.lock:
+            cancelled = self._take_out(tasks)
+        self._fail_all(cancelled)
+
+    def _take_out(self, tasks: list[Task]) -> list[Task]:
+        cancelled = [task for task in tasks if task.state in (QUEUED, DELAYED)]
+        self._handle(ev.Cancelled(cancelled))
+        return cancelled
+
+    def _fail_all(self, tasks: list[Task]) -> None:
+        for task in tasks:
             task.sink.fail(task, None)
             task.sink = None
         self._follow_up()
@@ -118,7 +116,7 @@ class Manager:
     def drop(self, sink: Any) -> None:
         """Cancel what waits for a sink that nobody reads any more. For the garbage collector, as abandon()."""
         self._dropped.append(sink)
-        self._waker.wake()
+        self.switchboard.wake()
 
     def terminate(self, task: Task) -> bool:
         """Stop one task; False when its outcome is there."""
@@ -145,7 +143,7 @@ class Manager:
                 self._start()
                 self._handle(event)
         self._write()
-        self._waker.wake()
+        self.switchboard.wake()
 
     def close(self, wait: bool) -> None:
         """Take no more tasks; end when the last one has its outcome. ``wait``: return when everything is gone."""
@@ -158,28 +156,25 @@ class Manager:
                 self.ended = True
             else:
                 self._handle(ev.Closing())
-        self._waker.wake()
+        self.switchboard.wake()
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def abandon(self) -> None:
         """As close(), for the garbage collector: takes no lock, since it may run anywhere."""
         self._abandoned = True
-        self._waker.wake()
+        self.switchboard.wake()
 
     # -- under the lock
 
     def _start(self) -> None:
         if self._thread is None:
-            waiting = Waiting()
+            self.switchboard.open()  # no more descriptors, or below threads: the next submit() may find some
             try:
-                waiting.add(self._waker.open(), self._waker)
-                self._waiting = waiting
                 thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
                 thread.start()
-            except BaseException:  # no more descriptors or threads: the next submit() may find some
-                waiting.close()
-                self._waker.close()
+            except BaseException:
+                self.switchboard.hang_up()
                 raise
             self._thread = thread
 
@@ -194,7 +189,7 @@ class Manager:
     def _interrupted(self, error: BaseException) -> None:
         """A Ctrl-C has come in the middle of something that has to be done whole: the tables cannot be trusted any more."""
         self._failure = error
-        self._waker.wake()
+        self.switchboard.wake()
 
     def _decide(self, event: Any) -> None:
         actions = self.scheduler.handle(event, time.monotonic())
@@ -202,10 +197,7 @@ class Manager:
             return
         for action in actions:
             if type(action) is ev.Send:
-                connection = self.connections.get(action.worker)
-                if connection is not None:
-                    connection.outbox.append(action)
-                    self._touched.append(connection)
+                self.switchboard.send(action.worker, action)
             else:
                 self._deferred.append(action)
         due = self.scheduler.wakeup()
@@ -218,21 +210,15 @@ class Manager:
     def _follow_up(self) -> None:
         """Write what _handle() has put into outboxes, and let the manager's thread do the rest."""
         self._write()
-        if self._deferred or self._full or self._overslept:
-            self._waker.wake()
+        if self._deferred or self.switchboard.full or self._overslept:
+            self.switchboard.wake()
 
     def _write(self) -> None:
-        while self._touched:
-            try:
-                connection = self._touched.popleft()
-            except IndexError:  # another thread was faster
-                return
-            try:
-                if not connection.write():
-                    self._full.append(connection)
-            except BaseException as error:
-                self._interrupted(error)
-                raise
+        try:
+            self.switchboard.write()
+        except BaseException as error:
+            self._interrupted(error)
+            raise
 
     # -- the manager's thread
 
@@ -244,7 +230,7 @@ class Manager:
             self.scheduler.broken = error
             self.scheduler.closing = True
             _lifetime.abandon_sinks(self, _outcomes.broken(error), forked=False)
-            if self._failure is None:
+            if not isinstance(error, KeyboardInterrupt):
                 _logger.critical("the manager thread of a FiberExecutor failed", exc_info=True)  # may raise: last
         finally:
             self._end()
@@ -252,36 +238,18 @@ class Manager:
     def _end(self) -> None:
         with self.lock:
             self.ended = True
-        self.backend.close()
-        for connection in self.connections.values():
-            connection.stream.close()
-        self.connections.clear()
-        self._waiting.close()
-        self._waker.close()
+        self.switchboard.close()
 
     def _turn(self) -> None:
         """Wait, read everything that is there, let the scheduler decide, act."""
-        events: list[Any] = []
-        for owner, readable, writable in self._waiting.wait(self._timeout()):
-            if owner is self._waker:
-                self._waker.clear()
-            elif owner is BACKEND:
-                self._ask_backend = True
-            else:
-                if writable:
-                    self._ask_for_room(owner, not owner.write())
-                if readable:
-                    self._read(owner, events)
-        due = self.backend.wakeup()
-        if self._ask_backend or (due is not None and due <= time.monotonic()):
-            self._ask_backend = False
-            self._poll_backend(events)
+        events, logs = self.switchboard.wait(self._due())
+        self._deferred += logs
         if self._failure is not None:
             raise self._failure
         if self._abandoned and not self.scheduler.closing:
             events.append(ev.Closing())
         while self._dropped:
-            self.cancel(sink=self._dropped.popleft())
+            self.cancel(self._dropped.popleft())
         with self.lock:
             for event in events or (ev.Tick(),):
                 self._handle(event)
@@ -289,70 +257,17 @@ class Manager:
         self._act()
         for event in events:
             if type(event) is ev.WorkerEnded:
-                self._forget(event.worker)
-        while self._full:
-            self._ask_for_room(self._full.popleft(), True)
+                self.switchboard.forget(event.worker)
 
-    def _timeout(self) -> float | None:
-        if self._deferred or self._ask_backend:
-            return 0
+    def _due(self) -> float | None:
+        """When there will be something to do, whatever happens."""
+        if self._deferred:
+            return 0.0
         with self.lock:
             due = self.scheduler.wakeup()
             self._planned = math.inf if due is None else due
             self._overslept = False
-        other = self.backend.wakeup()
-        if other is not None and (due is None or other < due):
-            due = other
-        return None if due is None else max(0.0, due - time.monotonic())
-
-    def _read(self, connection: Connection, events: list[Any]) -> None:
-        found, logs, ended = connection.receive(_READS)
-        events += found
-        self._deferred += logs
-        if ended:
-            self._waiting.remove(connection.stream)
-            self.backend.signal(connection.worker, signal.SIGKILL, True)  # its end will be reported
-
-    def _poll_backend(self, events: list[Any]) -> None:
-        delay: float | None = None
-        refused = False  # together they are one failure, however many workers were asked for
-        for event in self.backend.poll():
-            if isinstance(event, base.Started):
-                self._refused = 0
-                event.connection.setblocking(False)
-                connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
-                self.connections[event.worker] = connection
-                self._waiting.add(connection.stream, connection)
-                connection.outbox.append((messages.SETUP, *self._setup()))
-                self._ask_for_room(connection, not connection.write())
-                events.append(ev.WorkerStarted(event.worker, event.job, event.pool))
-            elif isinstance(event, base.Refused):
-                if not refused:
-                    refused = True
-                    self._refused += 1
-                    delay = self._launch_delay(self._refused, event.error)
-                events.append(ev.WorkerRefused(event.worker, event.error, None if event.final else delay))
-            elif isinstance(event, base.Probed):
-                events.append(ev.Probed(event.worker, event.cell.running, event.cell.seconds))
-            elif isinstance(event, base.Recalled):
-                events.append(ev.RecallDone(event.worker, event.claimed))
-            else:
-                ended = self.connections.get(event.worker)
-                if ended is not None:
-                    found, logs, _ = ended.receive(None)
-                    events += found
-                    self._deferred += logs
-                events.append(ev.WorkerEnded(event.worker, event.running, event.exit))
-        self._waiting.follow(self.backend.fds())
-
-    def _forget(self, worker: int) -> None:
-        connection = self.connections.pop(worker, None)
-        if connection is not None:
-            self._waiting.remove(connection.stream)
-            connection.stream.close()
-
-    def _ask_for_room(self, connection: Connection, wanted: bool) -> None:
-        self._waiting.ask_for_room(connection.stream, connection, wanted)
+        return due
 
     # -- actions
 
@@ -377,43 +292,14 @@ class Manager:
                 sink.settle(task, value, error)
                 task.sink = None
         elif isinstance(action, ev.Fail):
-            action.task.sink.fail(action.task, self._error(action))
+            connection = self.switchboard.connections.get(action.worker or 0)
+            error = _outcomes.failure(action, connection, self.backend.host, self.scheduler.broken)
+            action.task.sink.fail(action.task, error)
             action.task.sink = None
-        elif isinstance(action, ev.Launch):
-            self.backend.launch(action.workers)
-            self._ask_backend = True
-        elif isinstance(action, ev.Signal):
-            self.backend.signal(action.worker, action.number, action.group)
-        elif isinstance(action, ev.Drain):
-            connection = self.connections.get(action.worker)
-            if connection is not None:
-                connection.outbox.append((messages.DRAIN, messages.encode(None), []))
-                self._touched.append(connection)
-                self._write()
-        elif isinstance(action, ev.Probe):
-            self.backend.probe(action.worker)
-            self._ask_backend = True
-        elif isinstance(action, ev.Recall):
-            connection = self.connections.get(action.worker)
-            if connection is not None:
-                connection.recalled = action.number
-            self.backend.recall(action.worker, action.number)
-            self._ask_backend = True
         elif isinstance(action, ev.Warn):
             _log(_logger.makeRecord(_logger.name, logging.WARNING, __file__, 0, action.text, (), None))
-
-    def _error(self, action: ev.Fail) -> BaseException | None:
-        task, why, worker, exit = action
-        if why == ev.CANCELLED:
-            return None
-        if why == ev.TIMEOUT:
-            return _outcomes.timed_out(task)
-        if why == ev.BROKEN:
-            assert self.scheduler.broken is not None
-            return _outcomes.broken(self.scheduler.broken)
-        connection = self.connections.get(worker or 0)
-        host, pid = (connection.host, connection.pid) if connection is not None else (self.backend.host, 0)
-        return _outcomes.lost(task, exit or base.Exit(), host, pid)
+        else:
+            self.switchboard.do(action)
 
     def forked(self, parent: int) -> None:
         """In a forked child: let go of what is the parent's, and end the futures that can never be done here."""
@@ -421,12 +307,7 @@ class Manager:
         self.lock = threading.Lock()
         self._thread = None
         self.ended = True
-        self.backend.forked()
-        for connection in self.connections.values():
-            connection.stream.close()
-        if self._waiting is not None:
-            self._waiting.close()
-        self._waker.forked()
+        self.switchboard.forked()
         _lifetime.abandon_sinks(self, _outcomes.forked(parent), forked=True)
 
 

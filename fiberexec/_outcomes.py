@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fiberexec import _retry
 from fiberexec._errors import BrokenExecutor, ForkedError, TaskTimeout, WorkerLost
@@ -13,6 +13,9 @@ from fiberexec._scheduler import Task
 from fiberexec._scheduler import events as ev
 from fiberexec._serialize import dump_exception
 from fiberexec.backends.base import Exit
+
+if TYPE_CHECKING:
+    from fiberexec._connection import Connection
 
 
 def judge(action: ev.Judge) -> tuple[ev.Judged, Any, BaseException | None]:
@@ -27,6 +30,24 @@ def judge(action: ev.Judge) -> tuple[ev.Judged, Any, BaseException | None]:
     last = None if error is None else dump_exception(error)
     delay, value, error = _retry.judge(task.retry_state, value, error)
     return ev.Judged(task, delay, last), value, error
+
+
+def failure(
+    action: ev.Fail, connection: Connection | None, host: str, broken_by: BaseException | None
+) -> BaseException | None:
+    """The exception with which a task fails, None: it is cancelled. ``connection`` is to the worker that was lost."""
+    task, why, _, exit = action
+    if why == ev.CANCELLED:
+        return None
+    if why == ev.TIMEOUT:
+        return timed_out(task)
+    if why == ev.BROKEN:
+        assert broken_by is not None
+        return broken(broken_by)
+    pid = 0
+    if connection is not None:
+        host, pid = connection.host, connection.pid
+    return lost(task, exit or Exit(), host, pid)
 
 
 def timed_out(task: Task) -> TaskTimeout:

@@ -65,7 +65,7 @@ def workers(manager: Manager) -> list[WorkerInfo]:
     """See FiberExecutor.workers()."""
     with manager.lock:
         return [
-            _worker_info(manager, worker, manager.connections.get(worker.id))
+            _worker_info(manager, worker, manager.switchboard.connections.get(worker.id))
             for worker in manager.scheduler.fleet.workers.values()
         ]
 

@@ -166,7 +166,8 @@ def test_an_interrupt_in_the_midst_of_submit_ends_the_executor(
     caller = threading.current_thread()
     manager: Any = executor._manager
     (idle,) = manager.scheduler.fleet.idle
-    owner, name = (manager.scheduler.queue, "extend") if place == "deciding" else (manager.connections[idle], "_pack")
+    connection = manager.switchboard.connections[idle]
+    owner, name = (manager.scheduler.queue, "extend") if place == "deciding" else (connection, "_pack")
     method = getattr(owner, name)
 
     def interrupted(*args: Any) -> Any:
@@ -184,6 +185,25 @@ def test_an_interrupt_in_the_midst_of_submit_ends_the_executor(
     assert not is_alive(pid)
     with pytest.raises(BrokenExecutor):
         executor.submit(int)
+
+
+def test_a_defect_in_the_manager_is_said_and_nobody_waits(
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = make_executor(1)
+    future = executor.submit(time.sleep, 600)
+
+    def fail(event: Any, now: float) -> Any:
+        raise ArithmeticError("a defect")
+
+    monkeypatch.setattr(executor._manager.scheduler, "handle", fail)
+    executor._manager.switchboard.wake()
+    with pytest.raises(BrokenExecutor, match="a defect"):
+        future.result(LIMIT)
+    monkeypatch.undo()
+    executor.shutdown()
+    assert [record.levelname for record in caplog.records] == ["CRITICAL"]
+    assert caplog.records[0].exc_info is not None
 
 
 # -- the two harder ends
