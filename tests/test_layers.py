@@ -27,6 +27,7 @@ LAYERS = [
     {"fiberexec.executor"},
     {"fiberexec._map", "fiberexec._options", "fiberexec._stats"},
     {"fiberexec._manager"},
+    {"fiberexec._switchboard"},
     {
         "fiberexec._connection",
         "fiberexec._futures",
