@@ -104,7 +104,7 @@ class FiberFuture(concurrent.futures.Future[T]):
         return manager.terminate(task)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a future does not travel: send its result, or pass the future on within this process")
+        raise TypeError("a future does not travel: send its result")
 
     # -- the sink
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fiberexec import _platform
+from fiberexec._states import STARTING
 
 if TYPE_CHECKING:
     from fiberexec._connection import Connection
@@ -39,7 +40,7 @@ class WorkerInfo:
     pid: int  #: its process there, 0 while it starts
     state: str  #: "starting", "idle", "busy", "draining" or "stopping"
     task: int | None  #: the id of the task that it executes
-    uptime: float  #: seconds since it became ready
+    uptime: float  #: seconds since it became ready, 0 while it starts
     memory: int  #: resident bytes, 0 where that is not known
 
 
@@ -86,6 +87,6 @@ def _worker_info(manager: Manager, worker: WorkerRecord, connection: Connection 
         pid=connection.pid,
         state=worker.state,
         task=task,
-        uptime=time.monotonic() - worker.ready_at,
+        uptime=0.0 if worker.state is STARTING else time.monotonic() - worker.since,
         memory=_platform.memory_of(connection.pid) if local else 0,
     )

@@ -70,7 +70,7 @@ class Crew:
         self.started += 1
         self._failed_starts = 0
         worker.step("ready")
-        worker.ready_at = worker.idle_since = now
+        worker.since = worker.idle_since = now
         self._fleet.idle[worker.id] = worker
         if self._idle_timeout is not None:
             self._agenda.at(now + self._idle_timeout, self._check_idle, worker.id)
@@ -87,7 +87,7 @@ class Crew:
     def ended_early(self, worker: WorkerRecord, exit: Exit) -> None:
         """A worker has ended before it was ready. Those that were launched together count as one failure."""
         self.starting -= 1
-        if worker.ready_at > self._failed_at:
+        if worker.since > self._failed_at:
             self._failed_starts += 1
             self._failed_at = self._agenda.now
         final = self._failed_starts >= self._limits.max_failed_starts
@@ -103,7 +103,7 @@ class Crew:
         for worker in list(self._fleet.workers.values()):
             if worker.state is not STARTING:
                 continue
-            due = worker.ready_at + timeout
+            due = worker.since + timeout
             if due <= self._agenda.now:
                 self.starting -= 1
                 worker.step("stop")

@@ -152,8 +152,8 @@ class WorkerRecord:
         "occupied",
         "pool",
         "quota",
-        "ready_at",
         "recalling",
+        "since",
         "solo",
         "state",
     )
@@ -175,7 +175,7 @@ class WorkerRecord:
         self.devices: tuple[str, ...] = ()  # the GPUs that its process has been bound to
         self.heard = now  # when it last gave a sign
         self.idle_since = now
-        self.ready_at = now  # until it is ready: when it was launched
+        self.since = now  # when it became ready; until then: when it was launched
         self.recalling = False  # a recall is under way
         self.look_at = inf  # when its time limits are looked at next
 

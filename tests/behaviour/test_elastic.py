@@ -186,6 +186,8 @@ def test_a_starting_worker_is_seen(make_executor: Make, board: Any, eventually: 
     (worker,) = executor.workers()
     assert worker.state == "starting" and worker.task is None
     assert executor.stats().started == 0 and executor.stats().queued == 1
+    eventually(lambda: executor.workers()[0].pid)  # its process is there, and not ready
+    assert executor.workers()[0].uptime == 0
     board.post("go")
     assert future.result(LIMIT) == 0
     assert executor.stats().started == 1

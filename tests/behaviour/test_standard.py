@@ -337,6 +337,14 @@ def test_the_executor_and_its_views_do_not_travel(executor: FiberExecutor) -> No
         assert error is not None and "executor" in str(error)
 
 
+def test_a_future_does_not_travel(executor: FiberExecutor) -> None:
+    future = executor.submit(int)
+    error = executor.submit(echo, [future]).exception(LIMIT)
+    assert "send its result" in str(error)
+    with pytest.raises(TypeError, match="send its result"):
+        pickle.dumps(future)
+
+
 def test_its_errors_are_the_standards() -> None:
     assert issubclass(BrokenExecutor, concurrent.futures.BrokenExecutor)
     assert issubclass(fiberexec.TaskTimeout, TimeoutError)
