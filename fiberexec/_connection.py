@@ -108,9 +108,7 @@ class Connection:
 
     def _changes(self) -> dict[str, Any] | None:
         """What has changed in this process since the worker was told, of what a new function may need."""
-        now: dict[str, Any] = {"path": list(sys.path)}
-        if "multiprocessing.managers" in sys.modules:
-            now["authkey"] = bytes(sys.modules["multiprocessing"].current_process().authkey)
+        now = surroundings()
         changed = {name: value for name, value in now.items() if self._told.get(name) != value}
         self._told.update(changed)
         return changed or None
@@ -164,6 +162,21 @@ class Connection:
             elif error is not None:
                 reason = load_exception(error)
             events.append(ev.WorkerReady(self.worker, reason))
+
+
+def surroundings() -> dict[str, Any]:
+    """What workers follow this process in: see Worker._adapt."""
+    now: dict[str, Any] = {"path": list(sys.path)}
+    if "multiprocessing.managers" in sys.modules:
+        now["authkey"] = bytes(sys.modules["multiprocessing"].current_process().authkey)
+    if "fiberexec.mp" in sys.modules:  # what tasks make to share lives as long as this program
+        from fiberexec._hub import launch
+
+        try:
+            now["hub"] = tuple(launch.start())
+        except OSError:
+            pass  # they hear of it when they need it
+    return now
 
 
 def _extra(task: Task, devices: tuple[str, ...] | None) -> dict[str, Any] | None:

@@ -142,6 +142,10 @@ class Worker:
             import multiprocessing
 
             multiprocessing.current_process().authkey = changes["authkey"]
+        if "hub" in changes:
+            from fiberexec import _inherited
+
+            _inherited.hub = changes["hub"]
 
     def _leave(self) -> None:
         """What a process does when it ends in order: other threads, then functions registered by tasks."""

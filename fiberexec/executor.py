@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiberexec import _config, _retry
 from fiberexec import _messages as messages
-from fiberexec._connection import Payload
+from fiberexec._connection import Payload, surroundings
 from fiberexec._errors import BrokenExecutor, ConfigError
 from fiberexec._futures import FiberFuture
 from fiberexec._initargs import share_locks
@@ -312,7 +312,7 @@ class _Setup:
         except OSError:
             directory = "/"
         message = {
-            "path": list(sys.path),
+            **surroundings(),
             "argv": list(getattr(sys, "argv", [])),
             "cwd": directory,
             "env": dict(self._settings.env or {}),

@@ -46,7 +46,7 @@ LAYERS = [
     {"fiberexec.backends.base", "fiberexec._states"},
     {"fiberexec._messages", "fiberexec._serialize", "fiberexec._output", "fiberexec._config"},
     {"fiberexec._stream", "fiberexec._platform", "fiberexec._tls"},
-    {"fiberexec._errors"},
+    {"fiberexec._errors", "fiberexec._inherited"},
     {"fiberexec"},
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from time import monotonic, sleep
 from typing import NamedTuple
 
+from fiberexec import _inherited
 from fiberexec._hub.wire import TOKEN_SIZE
 
 _BACKLOG = 1024
@@ -43,6 +44,9 @@ at_close: list[Callable[[], None]] = []  # called before the hub is ended
 
 def address() -> Address:
     """The address of this program's hub, which is reserved if there is none."""
+    told = _inherited.hub
+    if told is not None and told != _address:
+        adopt(Address(*told))
     return _address or reserve()
 
 
@@ -81,12 +85,13 @@ def fileno() -> int:
     return -1 if listener is None else listener.fileno()
 
 
-def start() -> None:
-    """Start the hub, if this is the root process and it does not run yet. Raises OSError."""
+def start() -> Address:
+    """Start the hub, if this is the root process and it does not run yet; returns its address. Raises OSError."""
     global _listener, _pid, _lifeline
     with _lock:
-        if _listener is None or _address is None:
-            return
+        where = address()
+        if _listener is None:
+            return where
         alive, lifeline = os.pipe()
         opened = [alive]
         try:
@@ -100,7 +105,7 @@ def start() -> None:
             package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
             program = f"import sys; sys.path.insert(0, {package!r}); from fiberexec._hub.server import main; main(3, 4)"
             arguments = [sys.executable, "-I", "-S", "-c", program]
-            os.write(lifeline, _address.token)
+            os.write(lifeline, where.token)
             _pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions)
         except BaseException:
             os.close(lifeline)
@@ -111,6 +116,7 @@ def start() -> None:
         _lifeline = lifeline
         _listener.close()  # so that whoever connects after the hub's end is refused
         _listener = None
+        return where
 
 
 def close() -> None:

@@ -22,7 +22,7 @@ import pytest
 import tenacity
 
 import fiberexec
-from fiberexec import BrokenExecutor, ForkedError, ResourceError, TaskTimeout, WorkerLost
+from fiberexec import BrokenExecutor, ForkedError, ResourceError, TaskTimeout, WorkerLost, mp
 from fiberexec.backends import registry
 from fiberexec.mp.pool import AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult, MaybeEncodingError, Pool
 from fiberexec.testing import FakeBackend
@@ -538,7 +538,7 @@ def test_a_time_limit_stops_one_item_and_no_other() -> None:
         time.sleep(seconds)
         return seconds
 
-    with Pool(2, timeout=1.0) as pool:
+    with Pool(2, timeout=3.0) as pool:
         results = pool.imap(nap, [0.0, LIMIT, 0.01])
         assert next(results) == 0.0
         with pytest.raises(TaskTimeout):
@@ -673,3 +673,20 @@ def test_all_workers_killed_at_once_while_they_hold_items(pool: Pool, log: Log) 
         assert member.pid
         os.kill(member.pid, signal.SIGKILL)
     assert result.get(LIMIT) == list(range(50))
+
+
+def make() -> Any:
+    queue, array = mp.Queue(), mp.Array("i", [1, 2])
+    queue.put("from a worker")
+    return queue, array
+
+
+def take(queue: Any) -> Any:
+    return queue.get(timeout=30)
+
+
+def test_what_a_task_makes_to_share_outlives_its_worker() -> None:
+    with Pool(1, maxtasksperchild=1) as pool:
+        queue, array = pool.apply(make)
+        assert array[:] == [1, 2]
+        assert pool.apply(take, (queue,)) == "from a worker"
