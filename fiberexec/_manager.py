@@ -4,12 +4,11 @@
                         ▲        │
        events of one turn        └── actions of one turn: send, settle, launch, signal, probe, recall
                         │                    │
-    worker streams, backend events ◄── manager thread ──► futures, callbacks, retry policies (no lock held)
+    Switchboard: streams, backend ◄──► manager thread ──► futures, callbacks, retry policies (no lock held)
 
 Rules:
 - ``lock`` guards the scheduler, ``_deferred`` and the order of every outbox. Nothing is sent, unpickled or called under it.
 - Sends may be done by any thread; everything else is done by the manager's thread, woken by a byte in a pipe.
-- A worker's last frames are read before its end is told to the scheduler: what has arrived never runs again.
 """
 
 from __future__ import annotations
@@ -169,11 +168,11 @@ class Manager:
 
     def _start(self) -> None:
         if self._thread is None:
-            self.switchboard.open()  # no more descriptors, or below threads: the next submit() may find some
+            self.switchboard.open()
             try:
                 thread = threading.Thread(target=self._run, name="fiberexec-manager", daemon=True)
                 thread.start()
-            except BaseException:
+            except BaseException:  # no more threads, as there may be no descriptors: the next submit() may find some
                 self.switchboard.hang_up()
                 raise
             self._thread = thread
