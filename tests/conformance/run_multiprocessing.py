@@ -43,6 +43,7 @@ EXCLUDED: dict[str, tuple[tuple[int, ...], str]] = {
     "TestResourceTracker.test_resource_tracker": ((3, 10), TRACKER),
     "TestResourceTracker.test_resource_tracker_reused": ((3, 10), TRACKER),
     "TestResourceTracker.test_resource_tracker_sigkill": ((3, 10), TRACKER),
+    "TestSimpleQueue.test_closed": ((3, 10), "looks at the private ends of a queue's pipe; here a queue has none"),
     "TestStartMethod.test_mixed_startmethod": (
         (3, 11),
         "expects that a lock made for fork is refused by spawn; here each handle goes anywhere",
