@@ -121,9 +121,10 @@ class Hub(Shared):
         self._root = os.getppid()
         self._next_glance = 0.0
         listener.setblocking(False)
+        self._poll: Callable[[float], list[tuple[int, int]]]
         if sys.platform == "linux" and _platform.LINUX:
             epoll = select.epoll()
-            self._poll: Callable[[float], list[tuple[int, int]]] = epoll.poll
+            self._poll = epoll.poll
             self._poller: Any = epoll
         else:
             self._poller = poller = select.poll()
@@ -175,6 +176,12 @@ class Hub(Shared):
             starved, self.starved = self.starved, {}
             for queue in starved:
                 self.at(0.0, Timer(queue.admit))
+
+    def free(self) -> None:
+        """Let queues go of what need not be held."""
+        for shared in list(self.objects.values()):
+            if isinstance(shared, Queue):
+                shared.free()
 
     def watch(self, peer: Peer, events: int) -> None:
         self._poller.modify(peer.sock, events)

@@ -69,7 +69,7 @@ def test_the_level_of_each_logger_counts(make_executor: Make, caplog: pytest.Log
     assert said == [*loud, ("app.quiet", "ERROR"), ("app.part", "INFO"), ("app.part", "ERROR")]
 
 
-class Broken(logging.StreamHandler[Any]):
+class Broken(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         raise LookupError("a handler of the program's own")
 

@@ -312,7 +312,7 @@ def setup() -> bytes:
         "argv": [],
         "cwd": "/",
         "env": {},
-        "log_level": 30,
+        "log_levels": {"root": 30},
         "prefix": False,
         "initializer": None,
     }
