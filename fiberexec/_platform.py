@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from _socket import CMSG_SPACE, SCM_RIGHTS, SOL_SOCKET, gethostname, socket
+from _socket import CMSG_SPACE, SCM_RIGHTS, SOL_SOCKET, gethostname, socket, socketpair
 
 LINUX = sys.platform == "linux" and not os.environ.get("FIBEREXEC_PORTABLE")
 
@@ -48,6 +48,14 @@ def fresh_memory(size: int) -> bytearray | memoryview:
         memory.madvise(mmap.MADV_HUGEPAGE)
         return memoryview(memory)
     return bytearray(size)
+
+
+def stream_pair() -> tuple[socket, socket]:
+    """Two connected sockets that block, whatever socket.setdefaulttimeout() was told."""
+    pair = socketpair()
+    for end in pair:
+        end.setblocking(True)
+    return pair
 
 
 def send_fd(sock: socket, data: bytes, fd: int) -> None:

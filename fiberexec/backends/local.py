@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 import sys
-from _socket import SHUT_WR, SO_SNDBUF, SOL_SOCKET, socket, socketpair
+from _socket import SHUT_WR, SO_SNDBUF, SOL_SOCKET, socket
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic, monotonic_ns, sleep
@@ -164,7 +164,7 @@ class LocalBackend:
             raise OSError(errno.EAGAIN, f"{self._count} processes are running")
         if not self._server:
             self._start_server()
-        ours, theirs = socketpair()
+        ours, theirs = _platform.stream_pair()
         try:
             for end in (ours, theirs):
                 end.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
@@ -186,7 +186,7 @@ class LocalBackend:
             raise OSError(errno.ENOENT, "sys.executable is empty: there is no interpreter to start workers with")
         opened: list[int] = []
         try:
-            opened += (end.detach() for end in socketpair())
+            opened += (end.detach() for end in _platform.stream_pair())
             opened += os.pipe()
             opened.append(_platform.make_cells(self._count))
             control, remote, alive, lifeline, cells = opened

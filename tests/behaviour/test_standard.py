@@ -7,6 +7,7 @@ import concurrent.futures.process
 import gc
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -87,6 +88,16 @@ def test_an_exception_that_is_no_error_is_a_result_too(executor: FiberExecutor, 
     pids.add(executor.submit(os.getpid).result(LIMIT))
     assert executor.stats().lost == 0
     assert len(executor.workers()) <= 2 and pids <= {worker.pid for worker in executor.workers()}
+
+
+def test_a_default_timeout_of_sockets_is_not_the_workers(make_executor: Callable[..., Any]) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.05)
+    try:
+        with make_executor(1) as ex:
+            assert ex.submit(time.sleep, 0.2).result(LIMIT) is None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def test_a_future_has_all_that_the_standards_own_has(executor: FiberExecutor) -> None:
