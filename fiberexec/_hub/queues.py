@@ -182,6 +182,11 @@ class Queue(Shared):
             lease.done = True
         self._deliver()
 
+    def free(self) -> None:
+        """Let go of what consumers have got and did not say so yet: the first of an answer is theirs once it is claimed."""
+        for consumer in self._consumers.values():
+            self._settle(consumer, min(consumer.cell[CLAIMED], consumer.promised))
+
     def dropped(self) -> None:
         for item in self._items:
             self.hub.release(item.size)
@@ -190,6 +195,8 @@ class Queue(Shared):
     # -- what is there
 
     def _is_full(self) -> bool:
+        if self.hub.bytes > self.hub.limit:
+            self.hub.free()
         kept = sum(lease.room for lease in self._leases.values())
         return 0 < self._maxsize <= len(self._items) + kept or self.hub.bytes > self.hub.limit
 

@@ -122,12 +122,13 @@ class Hub(Shared):
         self._next_glance = 0.0
         listener.setblocking(False)
         self._poll: Callable[[float], list[tuple[int, int]]]
+        self._poller: Any
+        self._poll: Callable[[float], list[tuple[int, int]]]
         if sys.platform == "linux" and _platform.LINUX:
-            epoll = select.epoll()
-            self._poll = epoll.poll
-            self._poller: Any = epoll
+            self._poller = select.epoll()
+            self._poll = self._poller.poll
         else:
-            self._poller = poller = select.poll()
+            self._poller = poller = getattr(select, "poll")()  # noqa: B009  untyped where there is no epoll
             self._poll = lambda seconds: poller.poll(int(seconds * 1000) + (seconds > 0))
         self._poller.register(listener, _IN)
         self._poller.register(lifeline, _IN)

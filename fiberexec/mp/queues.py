@@ -113,6 +113,7 @@ class Queue(_Ends):
         self._room = 0  # items for which the hub keeps room
         self._room_until = 0.0
         self._lost: Exception | None = None
+        self._used = False  # something was put here
         self._join_cancelled = False
         self._exit: Any = None
 
@@ -131,6 +132,7 @@ class Queue(_Ends):
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
         self._check()
+        self._used = True
         try:
             data, buffers = dumps_result(obj)
         except Exception as error:
@@ -178,7 +180,9 @@ class Queue(_Ends):
         return int(self._call("size"))
 
     def empty(self) -> bool:
-        """Whether nothing is there to get."""
+        """Whether nothing is there to get. Raises OSError if this process has put something, and closed the queue."""
+        if self._closed and self._used:
+            raise OSError(f"Queue {self!r} is closed")
         return self.qsize() == 0
 
     def full(self) -> bool:
@@ -280,6 +284,11 @@ class SimpleQueue(_Ends):
         self._check_open()
         item = self._get(None)
         return loads(item) if type(item) is not tuple else loads(*item)
+
+    def empty(self) -> bool:
+        """Whether nothing is there to get."""
+        self._check_open()
+        return super().empty()
 
     def close(self) -> None:
         """This process puts and gets no more."""

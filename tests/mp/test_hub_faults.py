@@ -347,5 +347,4 @@ def test_a_queue_that_waits_for_memory_goes_on_when_another_is_emptied() -> None
     eventually(lambda: full._full is not None)
     other.get()
     other.close()
-    other.empty()
     assert len(full.get(timeout=LIMIT)) == 1 << 20

@@ -183,6 +183,11 @@ def test_a_closed_queue_refuses(kind: str) -> None:
             call()
     queue.join_thread()
     queue.close()
+    with pytest.raises(OSError, match="is closed"):
+        queue.empty()
+    unused = getattr(mp, kind)()
+    unused.close()
+    assert unused.empty()
 
 
 def test_a_closed_simple_queue_refuses() -> None:
@@ -192,6 +197,8 @@ def test_a_closed_simple_queue_refuses() -> None:
         queue.put(1)
     with pytest.raises(OSError, match="closed"):
         queue.get()
+    with pytest.raises(OSError, match="closed"):
+        queue.empty()
 
 
 def test_what_was_put_is_sent_before_a_process_ends() -> None:
