@@ -121,7 +121,6 @@ class Hub(Shared):
         self._root = os.getppid()
         self._next_glance = 0.0
         listener.setblocking(False)
-        self._poll: Callable[[float], list[tuple[int, int]]]
         self._poller: Any
         self._poll: Callable[[float], list[tuple[int, int]]]
         if sys.platform == "linux" and _platform.LINUX:
