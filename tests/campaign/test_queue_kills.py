@@ -19,7 +19,6 @@ from fiberexec import mp
 from fiberexec._hub import launch
 from fiberexec.mp import _jobs
 
-PERIOD = 0.2  # seconds between two kills
 BOUND = 60.0  # seconds for what has to end
 
 
@@ -42,8 +41,9 @@ def consume(queue: Any, diary: str) -> None:
 class Crew:
     """Consumers, one of whom is killed and replaced every 200 ms."""
 
-    def __init__(self, size: int, rng: random.Random, queue: Any, diary: str) -> None:
+    def __init__(self, size: int, period: float, rng: random.Random, queue: Any, diary: str) -> None:
         self.killed = 0
+        self._period = period  # seconds between two kills
         self._rng = rng
         self._arguments = queue, diary
         self._processes = [self._start() for _ in range(size)]
@@ -57,7 +57,7 @@ class Crew:
         return process
 
     def _kill(self) -> None:
-        while not self._over.wait(PERIOD):
+        while not self._over.wait(self._period):
             place = self._rng.randrange(len(self._processes))
             self._processes[place].kill()
             self._processes[place].join(BOUND)
@@ -82,7 +82,7 @@ def test_items_are_done_while_consumers_are_killed(
 ) -> None:
     count = size(10_000, 1_000_000)
     queue = mp.JoinableQueue()
-    crew = Crew(size(10, 100), rng, queue, str(tmp_path))
+    crew = Crew(size(10, 100), size(10, 200) / 1000, rng, queue, str(tmp_path))  # 10,000 items take less than 200 ms
     try:
         for item in range(count):
             queue.put(item)
