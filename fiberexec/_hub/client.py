@@ -16,6 +16,7 @@ import os
 from _collections import deque  # type: ignore[import-not-found]
 from _socket import AF_UNIX, SO_SNDBUF, SOCK_STREAM, SOL_SOCKET, socket
 from collections.abc import Sequence
+from multiprocessing import util
 from typing import Any, NoReturn
 
 from fiberexec import _platform
@@ -37,6 +38,8 @@ class _Channel:
     def __init__(self, hub: Address, replaces: _Channel | None = None, frame: bytes = b"", fd: int = -1) -> None:
         if hub == launch._address:
             launch.start()
+        if not _channels:
+            util.Finalize(None, goodbye, exitpriority=-90)  # after the queues' -5, and before the hub's end
         self.hub = hub
         self.number = next(_numbers)
         self.seen = 0  # answers that were returned
@@ -228,6 +231,15 @@ def _lost(hub: Address, error: BaseException) -> NoReturn:
         f"the hub at {hub.path} has gone, or refused this process ({error}): "
         "queues, locks and other objects that it held are lost; start the program again"
     ) from error
+
+
+def goodbye() -> None:
+    """Tell every hub that this process ends in order."""
+    for hub in {channel.hub for channel in list(_channels)}:
+        try:
+            post(hub, ("goodbye", HUB, ()))
+        except OSError:
+            pass  # it has gone before
 
 
 def _disconnect() -> None:

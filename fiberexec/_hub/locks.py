@@ -1,8 +1,9 @@
 """Semaphores (locks are semaphores of one), conditions, events, barriers: the hub's side.
 
 Rules:
-- What a process acquired and did not release comes back when it has gone, as far as the initial value: a semaphore that
-  starts at 0 counts signals, and those who took one keep it.
+- What a process acquired and nobody released comes back when it has gone, as far as the initial value: a semaphore that
+  starts at 0 counts signals, and those who took one keep it. A process that ends in order keeps what it took of a count, as
+  in multiprocessing; a lock passes on in any case.
 - Who waits is served in the order of arrival.
 """
 
@@ -50,6 +51,8 @@ class Semaphore(Shared):
         return PARKED
 
     def release(self, process: Process) -> None:
+        if process not in self._held and self._held:
+            process = next(iter(self._held))  # it releases what another one acquired
         held = self._held.get(process, 0)
         if held > 1:
             self._held[process] = held - 1
@@ -58,7 +61,10 @@ class Semaphore(Shared):
         self._add()
 
     def gone(self, process: Process) -> None:
-        for _ in range(self._held.pop(process, 0)):
+        held = self._held.pop(process, 0)
+        if process.leaving and self._maximum > 1:
+            return
+        for _ in range(held):
             if self.value < self._initial:
                 self._add()
 

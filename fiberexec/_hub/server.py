@@ -56,6 +56,7 @@ class Process:
         self.peers: dict[int, Peer] = {}  # by the connection's number
         self.uses: dict[Shared, None] = {}  # objects that want to hear of its end
         self.cells = memoryview(b"")
+        self.leaving = False  # it ends in order
 
 
 class Peer:
@@ -307,6 +308,9 @@ class Hub(Shared):
             return
         if kind == REQUEST and answer is not PARKED:
             peer.reply(answer)
+
+    def do_goodbye(self, peer: Peer) -> None:
+        peer.process.leaving = True
 
     def do_ping(self, peer: Peer) -> None:
         """Nothing, in the order of what is sent."""

@@ -10,6 +10,7 @@ from multiprocessing import process
 from typing import Any, NoReturn
 
 from fiberexec import _worker
+from fiberexec._hub import client
 from fiberexec._hub import launch as hub
 from fiberexec._serialize import loads
 from fiberexec.mp.context import default_context, util
@@ -46,6 +47,7 @@ def run(data: bytes, *buffers: Any) -> NoReturn:
         del data, buffers
         code = found._bootstrap(parent_sentinel=worker.fileno())
         atexit._run_exitfuncs()
+        client.goodbye()  # its finalizer may have been forgotten when the process began
     except BaseException:
         traceback.print_exc()
     finally:

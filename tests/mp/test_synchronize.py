@@ -474,3 +474,40 @@ def test_an_interrupt_breaks_no_lock_whenever_it_comes() -> None:
         signal.signal(signal.SIGUSR1, before)
     assert lock.acquire(False)
     assert raised or os.cpu_count() == 1
+
+
+def take_and_wait(lock: Any, event: Any) -> None:
+    lock.acquire()
+    event.wait()
+
+
+def produce(empty: Any, full: Any, count: int) -> None:
+    for _ in range(count):
+        empty.acquire()
+        full.release()
+
+
+def test_a_lock_that_another_process_released_is_not_given_back_twice() -> None:
+    lock, event = mp.Lock(), mp.Event()
+    holder = mp.Process(target=take_and_wait, args=(lock, event))
+    holder.start()
+    while lock.acquire(block=False):
+        lock.release()
+    lock.release()  # what the holder has acquired
+    assert lock.acquire(timeout=LIMIT)
+    event.set()
+    holder.join()
+    assert not lock.acquire(timeout=0.2), "this process holds it"
+    lock.release()
+
+
+def test_a_process_that_ends_in_order_keeps_what_it_took_of_a_count() -> None:
+    empty, full = mp.Semaphore(4), mp.Semaphore(0)
+    producer = mp.Process(target=produce, args=(empty, full, 8))
+    producer.start()
+    for _ in range(4):
+        assert full.acquire(timeout=LIMIT)
+        empty.release()
+    producer.join()
+    assert not empty.acquire(timeout=0.2), "four slots are taken, whoever took them"
+    assert [full.acquire(block=False) for _ in range(5)] == [True] * 4 + [False]
