@@ -158,12 +158,10 @@ def discard(id: int, hub: Address | None = None) -> None:
 def _take(hub: Address) -> _Channel:
     if _interrupted:
         _take_back()
-    idle = _idle.get(hub.token)
     try:
-        channel = idle.pop() if idle else None
-    except IndexError:  # another thread took the last one
-        channel = None
-    return channel or _Channel(hub)  # outside of the except: the error of a new one stands alone
+        return _idle[hub.token].pop()
+    except (KeyError, IndexError):
+        return _Channel(hub)
 
 
 def _give_back(channel: _Channel) -> None:

@@ -20,22 +20,20 @@ Rules:
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiberexec._errors import HubFull
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait, first
-from fiberexec._hub.wire import CELL, CLAIMED, DONE, LEASE, OTHERS, RECALLED
+from fiberexec._hub.wire import CELL, CLAIMED, DONE, OTHERS, RECALLED
 
 if TYPE_CHECKING:
     from fiberexec._hub.server import Hub, Peer, Process
 
 HOLD = 0.005  # seconds that a consumer may hold what it has not claimed
 SETTLE = 0.001  # seconds after which what was claimed before a recall was seen is certain to show
-_ROOM = 8  # items: no less is worth a lease
-_AHEAD = 2  # a consumer takes no more than one in so many of maxsize at once
 _BATCH = 1 << 18  # bytes in one answer, more than one item
 _OVERHEAD = 100  # bytes that an item costs beside its own
 
@@ -79,16 +77,6 @@ class Consumer:
             self.recall = None
 
 
-class Lease(Timer):
-    """Room in a queue that is kept for one process."""
-
-    __slots__ = ("room",)
-
-    def __init__(self, due: Callable[[], None], room: int) -> None:
-        super().__init__(due)
-        self.room = room
-
-
 class Queue(Shared):
     looks = ("size",)
 
@@ -101,27 +89,20 @@ class Queue(Shared):
         self._getting: OrderedDict[Get, None] = OrderedDict()
         self._putting: OrderedDict[Put, None] = OrderedDict()
         self._joining: OrderedDict[Wait, None] = OrderedDict()
-        self._leases: dict[Process, Lease] = {}
-        self._last_put: Process | None = None  # who asked for room
         self._unfinished = 0
 
     # -- operations
 
     def do_put(self, peer: Peer, items: list[Any], timeout: float | None) -> Any:
-        """Answers for how many more items there is room kept for the caller's process, None if there was none in time."""
+        """Answers whether there was room, in time."""
         found = _unpacked(items, peer.buffers)
-        if self._leases and self._use_lease(peer.process, len(found)):
-            self._add(found)
-            return 0
         if self._putting or self._is_full():
-            if self._leases and timeout is not None and timeout < LEASE:
-                timeout = LEASE  # by then it is known whether this room is used
             Put(self, peer, timeout, found)
             if self.hub.bytes > self.hub.limit:
                 self.hub.starved[self] = None
             return PARKED
         self._add(found)
-        return self._lease(peer.process)
+        return True
 
     def do_get(self, peer: Peer, slot: int, claimed: int, want: int, timeout: float | None) -> Any:
         """Answers (number of the first, items), or None when there was none in time. ``claimed`` is the caller's word."""
@@ -177,9 +158,6 @@ class Queue(Shared):
             consumer.end_recall()
             self._settle(consumer, consumer.cell[CLAIMED])
             self._take_back(consumer, consumer.first - 1)
-        lease = self._leases.pop(process, None)
-        if lease is not None:
-            lease.done = True
         self._deliver()
 
     def free(self) -> None:
@@ -197,37 +175,7 @@ class Queue(Shared):
     def _is_full(self) -> bool:
         if self.hub.bytes > self.hub.limit:
             self.hub.free()
-        kept = sum(lease.room for lease in self._leases.values())
-        return 0 < self._maxsize <= len(self._items) + kept or self.hub.bytes > self.hub.limit
-
-    def _lease(self, process: Process) -> int:
-        """Keep some of the room for a process that puts, for a moment: then it need not ask for each item."""
-        if not self._maxsize or self._putting:
-            return 0
-        old = self._leases.pop(process, None)
-        if old is not None:
-            old.done = True
-        room = self._maxsize - len(self._items) - sum(each.room for each in self._leases.values())
-        if self._last_put is not process:  # there are others: leave some to them
-            room //= 2
-        self._last_put = process
-        if room < _ROOM:
-            return 0
-        lease = self._leases[process] = Lease(partial(self._expire, process), room)
-        process.uses[self] = None
-        self.hub.at(monotonic() + LEASE, lease)
-        return room
-
-    def _use_lease(self, process: Process, count: int) -> bool:
-        lease = self._leases.get(process)
-        if lease is None or lease.room < count:
-            return False
-        lease.room -= count
-        return True
-
-    def _expire(self, process: Process) -> None:
-        del self._leases[process]
-        self.admit()
+        return 0 < self._maxsize <= len(self._items) or self.hub.bytes > self.hub.limit
 
     def _add(self, items: list[Item]) -> None:
         self._items += items
@@ -240,16 +188,13 @@ class Queue(Shared):
         """Let those put for whom there is room now."""
         while self._putting and not self._is_full():
             put = first(self._putting)
-            put.leave()
+            put.finish(True)
             self._add(put.items)
-            put.peer.reply(self._lease(put.peer.process))
 
     def _deliver(self) -> None:
         while self._getting and self._items:
             get = first(self._getting)
             most = min(get.want, -(-len(self._items) // len(self._getting)))
-            if self._maxsize:  # what is taken ahead makes room: little, so that the queue holds about what it says
-                most = min(most, max(1, self._maxsize // _AHEAD))
             consumer = get.consumer
             answer: list[Any] = []
             buffers: list[Any] = []
@@ -389,7 +334,7 @@ class Put(Wait):
                 )
             )
         else:
-            self.finish(None)
+            self.finish(False)
 
 
 def _unpacked(items: list[Any], buffers: list[Any]) -> list[Item]:

@@ -37,5 +37,3 @@ CELLS = 8192  # at most, in one process
 ERRORS: dict[str, type[Exception]] = {
     error.__name__: error for error in (ValueError, KeyError, OSError, RuntimeError, HubFull, threading.BrokenBarrierError)
 }
-
-LEASE = 0.01  # seconds for which room in a queue is kept for a process; the process believes in half of it

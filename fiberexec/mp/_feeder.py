@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from _collections import deque  # type: ignore[import-not-found]
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiberexec._errors import HubFull, HubLost
@@ -42,32 +41,19 @@ class Feeder:
             elif self._thread is None:
                 self._start()
 
-    def put_leased(self, queue: Queue, data: Any, more: Any) -> bool:
-        """As put(), if the hub keeps room for it."""
-        with self._changed:
-            if queue._room <= 0 or monotonic() > queue._room_until:
-                return False
-            queue._room -= 1
-        self.put(queue, data, more)
-        return True
-
     @property
     def is_idle(self) -> bool:
         """Whether all that this process has put is sent."""
         return self._sent == self._count
 
-    def flush(self, queue: Queue, patient: bool = True, timeout: float | None = None) -> bool:
-        """Return when all that was put so far has been sent; if not ``patient``, or the hub takes no more for ``queue``.
-
-        False if that was not so within ``timeout`` seconds.
-        """
+    def flush(self, queue: Queue, patient: bool = True) -> None:
+        """Return when all that was put so far has been sent; if not ``patient``, or the hub takes no more for ``queue``."""
         if self._sent == self._count:
-            return True
+            return
         with self._changed:
             until = self._count
-            return self._changed.wait_for(
-                lambda: self._sent >= until or self._thread is None or not (patient or queue._full is None), timeout
-            )
+            while self._sent < until and self._thread is not None and (patient or queue._full is None):
+                self._changed.wait()
 
     def rest(self) -> None:
         """Let the thread end, if there is nothing to send."""
@@ -133,9 +119,7 @@ class Feeder:
     def _put(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:
         try:
             try:
-                # With a maxsize there was room, and will be if that has gone meanwhile.
-                timeout = None if queue._maxsize else 0.0
-                client.request(queue._hub, ("put", queue._id, (items, timeout)), buffers)
+                client.request(queue._hub, ("put", queue._id, (items, 0.0)), buffers)
             except HubFull as error:
                 self._set_full(queue, error)
                 client.request(queue._hub, ("put", queue._id, (items, None)), buffers)

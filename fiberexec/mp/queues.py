@@ -5,8 +5,7 @@
 Rules:
 - An object is pickled in put(), so that what is changed later is not seen; what cannot be pickled goes to
   ``_on_queue_feeder_error``, as in multiprocessing.
-- A queue with a maxsize is asked before put() returns, or keeps room for a while for a process that puts much; one without
-  gets the objects in batches from a thread.
+- A queue with a maxsize is asked for each object, one without gets them in batches from a thread.
 - get() claims an item in shared memory before it returns it. What was sent here and not claimed goes to others when they
   wait for it, or when this process dies; see _hub/queues.py.
 """
@@ -20,20 +19,17 @@ import types
 import weakref
 from multiprocessing import util
 from queue import Empty, Full
-from time import monotonic
 from typing import Any
 
 from fiberexec._errors import HubFull
 from fiberexec._hub import client
 from fiberexec._hub.handle import Handle
-from fiberexec._hub.wire import DONE, LEASE, OTHERS, RECALLED
+from fiberexec._hub.wire import DONE, OTHERS, RECALLED
 from fiberexec._serialize import dumps_result, loads
 from fiberexec.mp import _feeder
 from fiberexec.mp._consumer import Consumer
 
 __all__ = ["JoinableQueue", "Queue", "SimpleQueue"]
-
-_FLUSH = 0.1  # seconds that a put() which must not wait gives those before it
 
 
 class _Ends(Handle):
@@ -48,10 +44,11 @@ class _Ends(Handle):
         self._local = threading.local()  # this thread's consumer
         _live.add(self)
 
-    def _put(self, data: Any, own: Any, timeout: float | None) -> Any:
+    def _put(self, obj: Any, timeout: float | None) -> bool:
+        data, own = dumps_result(obj)
         buffers: list[Any] = []
         item = _feeder.pack(data, own, buffers)
-        return client.request(self._hub, ("put", self._id, ([item], timeout)), buffers)[0]
+        return bool(client.request(self._hub, ("put", self._id, ([item], timeout)), buffers)[0])
 
     def _consumer(self) -> Consumer:
         try:
@@ -97,8 +94,7 @@ _live: weakref.WeakSet[_Ends] = weakref.WeakSet()
 class Queue(_Ends):
     """First in, first out. ``maxsize`` objects at most are in it, 0: as many as the hub has memory for.
 
-    Each fast consumer may hold up to half of ``maxsize`` beside that, and then also several consumers together get the
-    objects in an order that is not quite that of the puts. ``ctx`` is accepted for compatibility and has no effect.
+    ``ctx`` is accepted for compatibility and has no effect.
     """
 
     _counts = False  # what is done
@@ -110,8 +106,6 @@ class Queue(_Ends):
     def _reset(self) -> None:
         super()._reset()
         self._full: HubFull | None = None  # the hub takes no more for now
-        self._room = 0  # items for which the hub keeps room
-        self._room_until = 0.0
         self._lost: Exception | None = None
         self._used = False  # something was put here
         self._join_cancelled = False
@@ -134,30 +128,19 @@ class Queue(_Ends):
         self._check()
         self._used = True
         try:
+            if self._maxsize:
+                if not self._put(obj, _limit(block, timeout)):
+                    raise Full
+                return
             data, buffers = dumps_result(obj)
+        except (Full, OSError, MemoryError, KeyError):
+            raise
         except Exception as error:
             self._on_queue_feeder_error(_reason(error), obj)
             return
-        if self._maxsize:
-            if _feeder.feeder.put_leased(self, data, buffers):
-                self._flush_at_exit()
-                return
-            limit = _limit(block, timeout)
-            room = None
-            # What was put before it comes first; that takes longer only if the queue is full.
-            if _feeder.feeder.flush(self, timeout=None if limit is None else limit + _FLUSH):
-                began = monotonic()
-                room = self._put(data, buffers, limit)
-            if room is None:
-                raise Full
-            self._room, self._room_until = room, began + LEASE / 2
-            return
-        self._flush_at_exit()
-        _feeder.feeder.put(self, data, buffers)
-
-    def _flush_at_exit(self) -> None:
         if self._exit is None and not self._join_cancelled:
             self._exit = util.Finalize(self, _flush_at_exit, (weakref.ref(self),), exitpriority=-5)
+        _feeder.feeder.put(self, data, buffers)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """Take the first object out.
@@ -216,7 +199,6 @@ class Queue(_Ends):
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        self._room = 0
         self._exit = None
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -277,7 +259,7 @@ class SimpleQueue(_Ends):
     def put(self, obj: Any) -> None:
         """Add an object; it is in the queue when this returns."""
         self._check_open()
-        self._put(*dumps_result(obj), None)
+        self._put(obj, None)
 
     def get(self) -> Any:
         """Take the first object out, when there is one."""

@@ -126,37 +126,6 @@ def test_a_full_queue_says_so_in_time_and_lets_the_next_in_when_there_is_room(ki
     assert queue.empty() and not queue.full()
 
 
-def fill(queue: Any, heard: Any) -> None:
-    count = 0
-    try:
-        while True:
-            queue.put_nowait(count)
-            count += 1
-    except standard.Full:
-        heard.put(count)
-
-
-def test_room_that_is_kept_for_one_process_is_not_lost_for_others() -> None:
-    queue, heard = mp.Queue(40), mp.SimpleQueue()
-    queue.put("here")  # now there is room kept for this process
-    assert queue._room > 0
-    assert ended(process(fill, queue, heard)) == [0]
-    assert heard.get() == 39
-    assert queue.full() and queue.qsize() == 40
-
-
-def test_many_who_put_do_not_pass_maxsize() -> None:
-    queue = mp.Queue(50)
-    producers = [process(produce, queue, range(2000)) for _ in range(3)]
-    most = 0
-    for _ in range(6000):
-        queue.get(timeout=LIMIT)
-        most = max(most, queue.qsize())
-    assert 40 <= most <= 50 + 50 // 2  # and what this consumer took ahead
-    assert ended(*producers) == [0, 0, 0]
-    assert queue.empty()
-
-
 def test_what_was_put_here_is_counted_at_once() -> None:
     queue = mp.Queue()
     for count in range(100):
