@@ -12,6 +12,11 @@ from fiberexec._hub.wire import HUB
 _forks = 0  # of this process
 
 
+def seconds(timeout: float | None) -> float | None:
+    """A timeout as the hub takes it: plain, whatever kind of number (numpy's, ...) the user has."""
+    return None if timeout is None else float(max(0.0, timeout))
+
+
 class Handle:
     """Names an object of the hub. It can be pickled at any time, and so travel to any process of the program.
 

@@ -70,7 +70,8 @@ class Consumer:
         return self.items.popleft()
 
     def __del__(self) -> None:
-        self.cells.free.append((self.id, self.slot))
+        if hasattr(self, "id"):  # else it could not be made
+            self.cells.free.append((self.id, self.slot))
 
 
 class _Cells:

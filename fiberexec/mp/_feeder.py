@@ -35,6 +35,7 @@ class Feeder:
     def put(self, queue: Queue, data: Any, more: Any) -> None:
         with self._changed:
             self._count += 1
+            queue._put_count += 1
             self._items.append((queue, data, more))
             if self._waiting:
                 self._changed.notify_all()
@@ -47,12 +48,19 @@ class Feeder:
         return self._sent == self._count
 
     def flush(self, queue: Queue, patient: bool = True) -> None:
-        """Return when all that was put so far has been sent; if not ``patient``, or the hub takes no more for ``queue``."""
-        if self._sent == self._count:
+        """Return when all that was put so far into ``queue`` has been sent; if not ``patient``, or the hub takes no more for it."""
+        if queue._sent_count == queue._put_count:
             return
         with self._changed:
+            until = queue._put_count
+            while queue._sent_count < until and self._thread is not None and (patient or queue._full is None):
+                self._changed.wait()
+
+    def flush_all(self, queue: Queue) -> None:
+        """Return when all that was put so far, into any queue, has been sent, or the hub takes no more for ``queue``."""
+        with self._changed:
             until = self._count
-            while self._sent < until and self._thread is not None and (patient or queue._full is None):
+            while self._sent < until and self._thread is not None and queue._full is None:
                 self._changed.wait()
 
     def rest(self) -> None:
@@ -114,6 +122,10 @@ class Feeder:
                 target._lost = error
         with self._changed:
             self._sent += len(items) + len(marks)
+            if queue is not None:
+                queue._sent_count += len(items)
+            for target, _ in marks:
+                target._sent_count += 1
             self._changed.notify_all()
 
     def _put(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:

@@ -241,7 +241,10 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
         if self._state == RUN:
             warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 1, self)
         if self._state != INIT:
-            self._finalizer.cancel()
+            try:
+                self._finalizer.cancel()
+            except TypeError:
+                pass  # late in the interpreter's end
 
     def __reduce__(self) -> NoReturn:
         raise NotImplementedError("pool objects cannot be passed between processes or pickled")

@@ -18,12 +18,13 @@ import threading
 import types
 import weakref
 from multiprocessing import util
+from operator import index
 from queue import Empty, Full
 from typing import Any
 
 from fiberexec._errors import HubFull
 from fiberexec._hub import client
-from fiberexec._hub.handle import Handle
+from fiberexec._hub.handle import Handle, seconds
 from fiberexec._hub.wire import DONE, OTHERS, RECALLED
 from fiberexec._serialize import dumps_result, loads
 from fiberexec.mp import _feeder
@@ -100,12 +101,13 @@ class Queue(_Ends):
     _counts = False  # what is done
 
     def __init__(self, maxsize: int = 0, *, ctx: object = None) -> None:
-        self._maxsize = max(0, maxsize)
+        self._maxsize = max(0, index(maxsize))
         self._open(self._counts, self._maxsize)
 
     def _reset(self) -> None:
         super()._reset()
         self._full: HubFull | None = None  # the hub takes no more for now
+        self._put_count = self._sent_count = 0  # by the feeder
         self._lost: Exception | None = None
         self._used = False  # something was put here
         self._join_cancelled = False
@@ -199,6 +201,7 @@ class Queue(_Ends):
 
     def _after_fork(self) -> None:
         super()._after_fork()
+        self._put_count = self._sent_count = 0
         self._exit = None
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -228,7 +231,7 @@ class JoinableQueue(Queue):
         """
         consumer = getattr(self._local, "consumer", None)
         if consumer is None or consumer.marked + consumer.cell[OTHERS] >= consumer.number:
-            _feeder.feeder.flush(self, patient=False)
+            _feeder.feeder.flush_all(self)
             self._check()
             self._call("done", -1)
             return
@@ -299,7 +302,7 @@ def _flush_at_exit(ref: weakref.ref[Queue]) -> None:
 
 
 def _limit(block: bool, timeout: float | None) -> float | None:
-    return (None if timeout is None else max(0.0, timeout)) if block else 0.0
+    return seconds(timeout) if block else 0.0
 
 
 def _in_child() -> None:

@@ -12,11 +12,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from multiprocessing import process
+from operator import index
 from time import monotonic
 from typing import Any
 
 from fiberexec._hub import client
-from fiberexec._hub.handle import Handle
+from fiberexec._hub.handle import Handle, seconds
 
 __all__ = ["Barrier", "BoundedSemaphore", "Condition", "Event", "Lock", "RLock", "Semaphore"]
 
@@ -30,6 +31,7 @@ class SemLock(Handle):
     """What locks and semaphores have in common. ``ctx`` is accepted for compatibility and has no effect."""
 
     def __init__(self, kind: int, value: int, maxvalue: int, *, ctx: object = None) -> None:
+        value, maxvalue = index(value), index(maxvalue)
         if not 0 <= value <= maxvalue or maxvalue > SEM_VALUE_MAX:
             raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: value={value}")
         self._make("semaphore", value, maxvalue)
@@ -59,7 +61,7 @@ class SemLock(Handle):
         if self.kind == RECURSIVE_MUTEX and self._is_mine():
             self._depth += 1
             return True
-        if not self._call("acquire", (timeout if timeout is None else max(0.0, timeout)) if block else 0.0):
+        if not self._call("acquire", seconds(timeout) if block else 0.0):
             return False
         self._thread = threading.get_ident()
         self._depth += 1
@@ -192,7 +194,7 @@ class Condition(Handle):
         depth, thread = lock._depth, lock._thread
         lock._depth = 0
         try:
-            notified = bool(self._call("wait", timeout if timeout is None else max(0.0, timeout)))
+            notified = bool(self._call("wait", seconds(timeout)))
         except (OSError, KeyError):
             raise  # the hub, or the condition, has gone
         except BaseException:
@@ -215,7 +217,7 @@ class Condition(Handle):
     def notify(self, n: int = 1) -> None:
         """Wake ``n`` of those who wait."""
         assert self._lock._is_mine(), "lock is not owned"
-        self._call("notify", n)
+        self._call("notify", index(n))
 
     def notify_all(self) -> None:
         """Wake all who wait."""
@@ -254,7 +256,7 @@ class Event(Handle):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the flag is set, for at most ``timeout`` seconds; returns whether it is."""
-        return bool(self._call("wait", timeout if timeout is None else max(0.0, timeout)))
+        return bool(self._call("wait", seconds(timeout)))
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self._share()
@@ -283,7 +285,7 @@ class Barrier(Handle):
     ) -> None:
         if parties < 1:
             raise ValueError("parties must be > 0")
-        self._parties = parties
+        self._parties = parties = index(parties)
         self._action = action
         self._timeout = timeout
         self._make("barrier", parties, action is not None)
@@ -295,7 +297,7 @@ class Barrier(Handle):
         """
         if timeout is None:
             timeout = self._timeout
-        index, acts = self._call("wait", timeout if timeout is None else max(0.0, timeout))
+        position, acts = self._call("wait", seconds(timeout))
         if acts:
             assert self._action is not None
             try:
@@ -304,7 +306,7 @@ class Barrier(Handle):
                 self.abort()
                 raise
             self._call("acted")
-        return int(index)
+        return int(position)
 
     def reset(self) -> None:
         """Make it as new. Whoever waits gets BrokenBarrierError."""

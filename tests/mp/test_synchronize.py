@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Full
 from typing import Any
 
 import pytest
@@ -511,3 +512,15 @@ def test_a_process_that_ends_in_order_keeps_what_it_took_of_a_count() -> None:
     producer.join()
     assert not empty.acquire(timeout=0.2), "four slots are taken, whoever took them"
     assert [full.acquire(block=False) for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_numbers_of_any_kind_will_do() -> None:
+    numpy = pytest.importorskip("numpy")
+    semaphore, queue = mp.Semaphore(numpy.int64(2)), mp.Queue(numpy.int64(1))
+    assert semaphore.acquire(timeout=numpy.float64(1)) and semaphore.acquire(timeout=True)
+    assert not semaphore.acquire(timeout=numpy.float32(0.01))
+    assert not mp.Event().wait(numpy.float64(0.01))
+    queue.put(1, timeout=numpy.float64(1))
+    with pytest.raises(Full):
+        queue.put(2, timeout=numpy.float64(0.01))
+    assert queue.get(timeout=numpy.float64(LIMIT)) == 1
