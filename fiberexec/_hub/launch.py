@@ -66,7 +66,7 @@ def reserve() -> Address:
             from multiprocessing.util import Finalize
 
             folder = tempfile.mkdtemp(prefix="fiberexec-hub-")
-            if len(os.fsencode(folder)) > _LONGEST - len("/hub"):
+            if len(os.fsencode(folder)) > _LONGEST - len("/listener-12345678"):
                 os.rmdir(folder)
                 folder = tempfile.mkdtemp(prefix="fiberexec-hub-", dir="/tmp")
             path = os.path.join(folder, "hub")

@@ -48,7 +48,10 @@ class Feeder:
         return self._sent == self._count
 
     def flush(self, queue: Queue, patient: bool = True) -> None:
-        """Return when all that was put so far into ``queue`` has been sent; if not ``patient``, or the hub takes no more for it."""
+        """Return when all that was put so far into ``queue`` has been sent.
+
+        If not ``patient``, also when the hub takes no more for it.
+        """
         if queue._sent_count == queue._put_count:
             return
         with self._changed:

@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -485,3 +486,13 @@ class Twice(BaseProxy):
 
     def add(self, n: int) -> Any:
         return 2 * self._callmethod("add", (n,))
+
+
+def test_a_manager_that_is_killed_leaves_no_folder_behind() -> None:
+    folder = Path(tempfile.gettempdir())
+    before = set(folder.glob("pymp-*"))
+    manager = mp.Manager()
+    assert manager.list([1])[:] == [1]
+    os.kill(manager._process.pid, signal.SIGKILL)
+    manager._process.join()
+    assert set(folder.glob("pymp-*")) == before
