@@ -35,7 +35,9 @@ class _Channel:
 
     __slots__ = ("hub", "number", "seen", "stream")
 
-    def __init__(self, hub: Address, replaces: _Channel | None = None, frame: bytes = b"", fd: int = -1) -> None:
+    def __init__(
+        self, hub: Address, replaces: _Channel | None = None, frame: bytes = b"", fd: int = -1, key: bytes = b""
+    ) -> None:
         if hub == launch._address:
             launch.start()
         if not _channels:
@@ -46,7 +48,7 @@ class _Channel:
         sock = socket(AF_UNIX, SOCK_STREAM)
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
         replaced = (replaces.number, replaces.seen) if replaces is not None else (0, 0)
-        hello = HELLO.pack(MAGIC, hub.token, _key, os.getpid(), self.number, *replaced) + frame
+        hello = HELLO.pack(MAGIC, hub.token, key or _key, os.getpid(), self.number, *replaced) + frame
         try:
             sock.connect(hub.path)
             if fd >= 0:
@@ -82,13 +84,20 @@ def call(op: str, id: int, *args: object, buffers: Buffers = (), hub: Address | 
     return request(hub or launch.address(), (op, id, args), buffers)[0]
 
 
-def request(hub: Address, message: tuple[str, int, tuple[Any, ...]], buffers: Buffers = ()) -> tuple[Any, list[Any]]:
-    """As call(); returns also the buffers that came back."""
+def request(
+    hub: Address, message: tuple[str, int, tuple[Any, ...]], buffers: Buffers = (), acknowledge: bool = False
+) -> tuple[Any, list[Any]]:
+    """As call(); returns also the buffers that came back.
+
+    ``acknowledge``: say at once that they are here, so that the hub need not keep them until this connection's next call.
+    """
     channel = _take(hub)
     try:
         _say(channel, REQUEST, message, buffers)
         kind, body, received = channel.stream.receive_one()
         value = decode(body)
+        if acknowledge and received:
+            channel.stream.send(POST, encode(("ping", HUB, ())))
     except (OSError, EOFError) as error:
         channel.close()
         _lost(hub, error)
@@ -150,6 +159,92 @@ def fetch(id: int, hub: Address | None = None) -> int:
 def discard(id: int, hub: Address | None = None) -> None:
     """Close the hub's copy of a deposited descriptor, if it is still there. Finalizers may call it."""
     post_later(hub or launch.address(), ("drop", HUB, (id,)))
+
+
+class Pending:
+    """A call under way, whose answer is waited for together with other things: readable when it is there.
+
+    It ends with result(), or is taken back with cancel(), or when nobody has it any more.
+    """
+
+    def __init__(self, hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
+        self._channel: _Channel | None = None
+        channel = _take(hub)
+        try:
+            self._channel = channel
+            _say(channel, REQUEST, message, ())
+        except OSError as error:
+            self._channel = None
+            channel.close()
+            _lost(hub, error)
+
+    def fileno(self) -> int:
+        return -1 if self._channel is None else self._channel.stream.fileno()
+
+    def result(self) -> Any:
+        """Wait for the answer. Raises as call()."""
+        channel = self._channel
+        assert channel is not None
+        try:
+            kind, body, _ = channel.stream.receive_one()
+            value = decode(body)
+            self._channel = None
+        except (OSError, EOFError) as error:
+            self._channel = None
+            channel.close()
+            _lost(channel.hub, error)
+        channel.seen += 1
+        _give_back(channel)
+        if kind == ERROR:
+            raise ERRORS[value[0]](*value[1])
+        return value
+
+    def cancel(self) -> None:
+        """Take the call back, whatever has become of it, if it has not ended."""
+        self.__del__()
+        _take_back()
+
+    def __del__(self) -> None:
+        if self._channel is not None:
+            _interrupted[self._channel] = None
+            self._channel = None
+
+
+class Heir:
+    """A forked child's first connection, made before the fork: so the hub hears of the child's end, whenever that is.
+
+    The parent closes its copy after the fork, the child inherits it.
+    """
+
+    def __init__(self, hub: Address) -> None:
+        self.hub = hub
+        self._key = os.urandom(KEY_SIZE)
+        self._channel = _Channel(hub, key=self._key)
+        _channels.discard(self._channel)
+
+    def call(self, op: str, id: int, *args: object) -> Any:
+        """As call(), in the child's name."""
+        stream = self._channel.stream
+        try:
+            stream.send(REQUEST, encode((op, id, args)))
+            kind, body, _ = stream.receive_one()
+            value = decode(body)
+        except (OSError, EOFError) as error:
+            _lost(self.hub, error)
+        self._channel.seen += 1
+        if kind == ERROR:
+            raise ERRORS[value[0]](*value[1])
+        return value
+
+    def close(self) -> None:
+        self._channel.stream.close()
+
+    def inherit(self) -> None:
+        """This process is the child."""
+        global _key
+        _key = self._key
+        _channels.add(self._channel)
+        _give_back(self._channel)
 
 
 # -- connections

@@ -28,6 +28,7 @@ from fiberexec import _messages as messages
 from fiberexec import _platform
 from fiberexec._hub import launch
 from fiberexec._hub.locks import Barrier, Condition, Event, Semaphore
+from fiberexec._hub.pipes import Pipe
 from fiberexec._hub.queues import Queue
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
 from fiberexec._hub.wire import ERROR, ERRORS, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
@@ -42,6 +43,7 @@ KINDS: dict[str, Callable[..., Shared]] = {
     "barrier": Barrier,
     "condition": Condition,
     "event": Event,
+    "pipe": Pipe,
     "queue": Queue,
     "semaphore": Semaphore,
 }

@@ -57,6 +57,7 @@ class _Tracer(_Slow):  # type: ignore[misc]
         type: _Slow.save_type,
     }
     shallow: set[int] | None = None
+    undo: Any = ()
     reducer_override = Pickler.reducer_override
 
     def __init__(self) -> None:
@@ -122,6 +123,8 @@ def _trail(root: Any) -> list[Any]:
         tracer.dump(root)
     except (Exception, SystemExit, GeneratorExit):
         pass
+    for undo in tracer.undo:
+        undo()
     for fd in tracer.descriptors:
         os.close(fd)
     return tracer.failed

@@ -7,6 +7,8 @@ gathered before it is unpickled: the pickler's pieces go to the kernel as they a
 Ends that are sent through a local pipe go with the message, before which stand -2 and a byte that carries their
 descriptors: if nobody is left to read it, the kernel closes them, and their other ends hear it. On any other way the hub
 keeps the descriptors until they are fetched.
+
+Where processes may be on other hosts, pipes pass through the hub: see `_hubconnection`.
 """
 
 from __future__ import annotations
@@ -20,19 +22,19 @@ import stat
 import struct
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import BufferTooShort
 from multiprocessing import connection as _standard
-from multiprocessing.connection import wait
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fiberexec import _platform
+from fiberexec import _config, _platform
 from fiberexec._hub import client, launch
 from fiberexec._hub.wire import HUB
 from fiberexec._serialize import dumps_pieces, loads, register
+from fiberexec.mp.context import METHODS, backend_of, default_context
 
 __all__ = ["Client", "Connection", "ConnectionLost", "Listener", "Pipe", "wait"]
 
@@ -109,6 +111,7 @@ class Connection(_standard.Connection):
     """
 
     _handle: int
+    _by_hub = False  # a pipe that passes through the hub
     _local: bool | None = None  # whether descriptors can go with a message; None: not known yet
     if TYPE_CHECKING:  # what the base class has
 
@@ -273,11 +276,47 @@ class Connection(_standard.Connection):
 
 def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
     """Two connected ends; unless ``duplex``, the first only receives and the second only sends."""
+    return make_pipe(duplex, default_context.get_start_method(allow_none=True))
+
+
+def make_pipe(duplex: bool, method: str | None) -> tuple[Connection, Connection]:
+    """A pipe for the processes of a start method: through the hub, unless they are on this host."""
+    backend = backend_of(method or METHODS[0]) or _config.load().backend
+    if backend != "local":
+        from fiberexec.mp._hubconnection import pipe
+
+        return pipe(duplex)
     one, other = socket.socketpair()
     for end in (one, other):
         end.setblocking(True)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CAPACITY)
     return Connection(one.detach(), writable=duplex), Connection(other.detach(), readable=duplex)
+
+
+def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
+    """Those of ``object_list`` (connections, sockets, sentinels) that can be read.
+
+    If none can, wait for one, ``timeout`` seconds at most; None: as long as it takes.
+    """
+    objects = list(object_list)
+    ends = [each for each in objects if getattr(each, "_by_hub", False)]
+    if not ends:
+        return _standard.wait(objects, timeout)
+    from fiberexec.mp._hubconnection import ready
+
+    others = [each for each in objects if not getattr(each, "_by_hub", False)]
+    found: list[Any] = [*ready(ends, 0).result(), *_standard.wait(others, 0)]
+    if not found and (timeout is None or timeout > 0):
+        answer: Any = ready(ends, None)
+        try:
+            found = _standard.wait([*others, answer], timeout)
+            if answer in found:
+                found.remove(answer)
+                found += answer.result()
+        finally:
+            answer.cancel()
+    ids = set(map(id, found))
+    return [each for each in objects if id(each) in ids]
 
 
 # -- travelling

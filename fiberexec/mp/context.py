@@ -64,9 +64,9 @@ class FiberContext(BaseContext):
 
     def Pipe(self, duplex: bool = True) -> tuple[Any, Any]:
         """Two connections, the ends of one pipe; not ``duplex``: the first receives, the second sends."""
-        from fiberexec.mp.connection import Pipe
+        from fiberexec.mp.connection import make_pipe
 
-        return Pipe(duplex)
+        return make_pipe(duplex, self.get_start_method(allow_none=True))
 
     def Lock(self) -> Any:
         """A lock that is not recursive."""

@@ -21,9 +21,29 @@ import pytest
 from fiberexec import FiberExecutor, mp
 from fiberexec._serialize import dumps, loads
 from fiberexec.mp import connection
-from fiberexec.mp.connection import Client, Connection, ConnectionLost, Listener, Pipe
+from fiberexec.mp._hubconnection import HubConnection
+from fiberexec.mp.connection import Client, Connection, ConnectionLost, Listener, make_pipe
 
 LARGE = [1 << 16, (1 << 20) + 3]
+LOCAL, HUB = "local", "elsewhere"  # backends: what carries their pipes
+both = pytest.mark.parametrize("carrier", [LOCAL, HUB], indirect=True)  # a test without it is about descriptors
+_backend = LOCAL
+
+
+@pytest.fixture(autouse=True)
+def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What Pipe() makes in this test."""
+    backend: str = getattr(request, "param", LOCAL)
+    monkeypatch.setitem(globals(), "_backend", backend)
+    return backend
+
+
+def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
+    return make_pipe(duplex, _backend)
+
+
+def of_the(carrier: str) -> type[Connection]:
+    return HubConnection if carrier == HUB else Connection
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +66,7 @@ def in_thread(function: Callable[[], object]) -> threading.Thread:
     return thread
 
 
+@both
 @pytest.mark.parametrize("duplex", [True, False])
 @pytest.mark.parametrize(
     "value",
@@ -61,6 +82,7 @@ def test_what_is_sent_is_received(value: object, duplex: bool) -> None:
         thread.join()
 
 
+@both
 @pytest.mark.parametrize("size", LARGE)
 def test_arrays_arrive_writable_whatever_their_size(size: int) -> None:
     receiver, sender = Pipe()
@@ -75,6 +97,7 @@ def test_arrays_arrive_writable_whatever_their_size(size: int) -> None:
         assert received["raw"] == bytearray(size)
 
 
+@both
 def test_functions_travel_by_value() -> None:
     offset = 5
     receiver, sender = Pipe()
@@ -83,6 +106,7 @@ def test_functions_travel_by_value() -> None:
         assert receiver.recv()(2) == 7
 
 
+@both
 def test_what_cannot_be_pickled_raises_and_sends_nothing() -> None:
     receiver, sender = Pipe()
     with receiver, sender:
@@ -96,6 +120,7 @@ class Unloadable:
         return int, ("not a number",)
 
 
+@both
 @pytest.mark.parametrize("size", [10, *LARGE])
 def test_a_message_whose_unpickling_raises_costs_that_message_only(size: int) -> None:
     receiver, sender = Pipe()
@@ -107,6 +132,7 @@ def test_a_message_whose_unpickling_raises_costs_that_message_only(size: int) ->
         thread.join()
 
 
+@both
 @pytest.mark.parametrize("size", [0, 1, 5000, *LARGE])
 def test_bytes_and_objects_are_the_same_messages(size: int) -> None:
     one, other = Pipe()
@@ -136,6 +162,7 @@ def test_an_end_talks_to_multiprocessing(size: int) -> None:
             thread.join()
 
 
+@both
 def test_send_bytes_takes_a_part_and_checks_it() -> None:
     one, other = Pipe()
     data = bytes(range(26))
@@ -150,6 +177,7 @@ def test_send_bytes_takes_a_part_and_checks_it() -> None:
             one.send_bytes("text")  # type: ignore[arg-type]
 
 
+@both
 @pytest.mark.parametrize("size", [10, LARGE[1] // 4])
 def test_bytes_are_received_into_a_buffer(size: int) -> None:
     one, other = Pipe()
@@ -165,6 +193,7 @@ def test_bytes_are_received_into_a_buffer(size: int) -> None:
                 other.recv_bytes_into(target, wrong)
 
 
+@both
 def test_a_message_that_does_not_fit_comes_with_the_exception() -> None:
     one, other = Pipe()
     with one, other:
@@ -176,6 +205,7 @@ def test_a_message_that_does_not_fit_comes_with_the_exception() -> None:
         assert other.recv_bytes() == b"next"
 
 
+@both
 def test_a_message_above_maxlength_closes_the_way_in() -> None:
     one, other = Pipe()
     with one, other:
@@ -208,6 +238,7 @@ def test_the_time_limit_of_other_sockets_is_not_theirs() -> None:
         socket.setdefaulttimeout(None)
 
 
+@both
 def test_arrays_of_bytes_are_sent_whole_whatever_their_shape() -> None:
     one, other = Pipe()
     with one, other:
@@ -215,6 +246,7 @@ def test_arrays_of_bytes_are_sent_whole_whatever_their_shape() -> None:
         assert other.recv_bytes() == bytes(range(12))
 
 
+@both
 def test_one_way_pipes_refuse_the_other_way() -> None:
     reader, writer = Pipe(duplex=False)
     with reader, writer:
@@ -226,6 +258,7 @@ def test_one_way_pipes_refuse_the_other_way() -> None:
                 wrong()
 
 
+@both
 def test_a_closed_end_raises_and_the_other_hears_it() -> None:
     one, other = Pipe()
     with other:
@@ -259,6 +292,7 @@ def test_an_end_that_is_half_way_through_a_message_ends_in_eof(duplex: bool, siz
             receiver.recv()
 
 
+@both
 def test_an_end_that_left_messages_unread_ends_in_eof() -> None:
     one, other = Pipe()
     with one:
@@ -281,6 +315,7 @@ def test_garbage_is_no_message(head: bytes) -> None:
             other.recv()
 
 
+@both
 def test_wait_gives_the_ends_that_are_ready() -> None:
     pairs = [Pipe() for _ in range(3)]
     assert connection.wait([one for one, _ in pairs], 0) == []
@@ -341,6 +376,7 @@ def echo(end: Connection) -> None:
         end.close()
 
 
+@both
 def test_a_child_talks_to_its_parent_and_each_hears_the_other_end() -> None:
     ours, theirs = Pipe()
     process = mp.Process(target=echo, args=(theirs,))
@@ -364,6 +400,7 @@ def test_a_child_talks_to_its_parent_and_each_hears_the_other_end() -> None:
     ours.close()
 
 
+@both
 def test_ends_travel_through_pipes_tasks_and_results() -> None:
     def work(carrier: Connection) -> Connection:
         end = carrier.recv()
@@ -388,13 +425,14 @@ def test_ends_travel_through_pipes_tasks_and_results() -> None:
         assert end.closed
 
 
-def test_what_was_pickled_outlives_the_object_and_arrives_once() -> None:
+@both
+def test_what_was_pickled_outlives_the_object_and_arrives_once(carrier: str) -> None:
     one, other = Pipe()
     pickled = dumps(other)
     other.close()
     one.send(1)
     with loads(*pickled) as arrived, one:
-        assert type(arrived) is Connection and arrived.recv() == 1
+        assert type(arrived) is of_the(carrier) and arrived.recv() == 1
         with pytest.raises(OSError, match="unpickled once"):
             loads(*pickled)
         arrived.send(2)
@@ -426,6 +464,7 @@ def test_sockets_and_connections_of_multiprocessing_travel() -> None:
         assert left.recv(5) == b"hello"
 
 
+@both
 def test_more_ends_than_a_message_can_carry_arrive_all() -> None:
     one, other = Pipe()
     pairs = [Pipe(duplex=False) for _ in range(260)]
@@ -440,6 +479,7 @@ def test_more_ends_than_a_message_can_carry_arrive_all() -> None:
                 each.close()
 
 
+@both
 def test_ends_that_arrive_as_bytes_or_cannot_be_unpickled_are_closed() -> None:
     one, other = Pipe()
     with one, other:
@@ -460,6 +500,7 @@ def test_ends_that_arrive_as_bytes_or_cannot_be_unpickled_are_closed() -> None:
             assert other.recv() == "next"
 
 
+@both
 def test_ends_in_a_message_that_cannot_be_pickled_are_not_kept() -> None:
     one, other = Pipe()
     reader, writer = Pipe(duplex=False)
@@ -475,6 +516,7 @@ def test_ends_in_a_message_that_cannot_be_pickled_are_not_kept() -> None:
 # -- ends whose process dies
 
 
+@both
 @pytest.mark.parametrize("reads", [True, False])
 def test_an_end_that_was_under_way_to_a_killed_process_is_heard(reads: bool) -> None:
     carrier, theirs = Pipe()
@@ -526,6 +568,7 @@ def test_a_process_that_is_killed_half_way_through_a_send_is_heard() -> None:
                 call()
 
 
+@both
 def test_a_sender_hears_that_its_reader_was_killed() -> None:
     ours, theirs = Pipe()
     pid = forked(ours.close, partial(theirs.send, "here"), signal.pause)
@@ -545,6 +588,7 @@ def test_a_sender_hears_that_its_reader_was_killed() -> None:
     thread.join()
 
 
+@both
 def test_a_child_that_is_killed_is_heard_whether_it_has_the_end_yet_or_not() -> None:
     for wait in (True, False):
         ours, theirs = Pipe()
