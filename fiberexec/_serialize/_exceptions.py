@@ -41,10 +41,10 @@ class RemoteTraceback(Exception):
 def dump_exception(exc: BaseException, traceback_text: str | None = None) -> bytes:
     """See `fiberexec._serialize.dump_exception`."""
     try:
+        if isinstance(exc, MemoryError):
+            _clear_frames(exc.__traceback__)  # first: they hold what there was no memory for
         if traceback_text is None:
             traceback_text = _format(exc)
-        if isinstance(exc, MemoryError) and exc.__traceback__ is not None:
-            _clear_frames(exc.__traceback__)  # they hold what there was no memory for
         return pickle.dumps((traceback_text, _nodes(exc)), PROTOCOL)
     except BaseException as error:
         text = f"{_name(type(exc))} (it could not be sent: {_safe(repr, error)})"
@@ -60,10 +60,14 @@ def _format(exc: BaseException) -> str:
         return f"{_name(type(exc))} (its traceback could not be formatted: {_safe(repr, error)})\n"
 
 
-def _clear_frames(tb: TracebackType) -> None:
-    import traceback
-
-    traceback.clear_frames(tb)
+def _clear_frames(tb: TracebackType | None) -> None:
+    """As traceback.clear_frames(), whose module there may be no memory to load."""
+    while tb is not None:
+        try:
+            tb.tb_frame.clear()
+        except RuntimeError:
+            pass  # it is being executed
+        tb = tb.tb_next
 
 
 def _nodes(root: BaseException) -> list[dict[str, Any]]:
