@@ -1,5 +1,8 @@
 """What a backend is: the few things that the manager asks of a place where workers can run.
 
+Where workers are processes that the driver itself can start, a backend is a Backend. Where they are in containers, pods or
+batch jobs it is a JobBackend, which knows nothing of workers: it starts jobs, and says how they ended.
+
     manager ── launch(ids) ─► backend ── JobEvent ─► manager        a backend says what happened, and nothing else
             ── signal(id)  ─►
 
@@ -14,7 +17,7 @@ Rules:
 from __future__ import annotations
 
 from _socket import socket  # the module around it costs a fresh driver 4 ms
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
@@ -148,7 +151,63 @@ class Backend(Protocol):
         """Close, in a forked child, what belongs to the parent."""
 
 
-class BackendFactory(Protocol):
-    """What an entry point in the group ``fiberexec.backends`` names: makes a Backend from the executor's settings."""
+class Job(NamedTuple):
+    """A container, a pod or a batch job that is to be started."""
 
-    def __call__(self, settings: Any, max_workers: int | None) -> Backend: ...
+    id: str  # "<program>-<number>", of a-z, 0-9 and "-": unique in the world
+    program: str  # its jobs are found by this name, whoever looks
+    command: tuple[str, ...]  # what runs in it: the agent
+    credentials: bytes  # what the agent reads first, from its stdin or a file. A secret
+
+
+class JobEnded(NamedTuple):
+    """A fact: nothing of the job runs any more."""
+
+    job: str
+    exit: Exit = Exit()
+
+
+@runtime_checkable
+class JobBackend(Protocol):
+    """A place where jobs can run. Its methods may block; any thread may call them, several at once."""
+
+    name: str
+    largest: Pool  # what one job has
+    default_workers: int
+    idle_timeout: float | None
+
+    def advertise(self) -> tuple[str, ...]:
+        """Addresses of this host that jobs can reach; the hub listens on the first."""
+
+    def start(self, job: Job) -> None:
+        """Start a job. Raises LaunchError, which says what happened, what to do, and whether it is final."""
+
+    def watch(self, report: Callable[[list[JobEnded]], None]) -> None:
+        """Report the end of each job that was started, once, until close(). While nobody can know, nothing is reported."""
+
+    def terminate(self, jobs: Sequence[str]) -> None:
+        """End jobs and remove what was made for them. watch() reports their end."""
+
+    def explain(self, job: str) -> str:
+        """Why a job that was started is not there yet, as far as anybody knows."""
+
+    def list(self) -> list[dict[str, Any]]:
+        """All jobs of fiberexec that are there, of every program: id, program, state, host, image, started."""
+
+    def logs(self, job: str, follow: bool = False) -> Iterator[str]:
+        """What a job has written, line by line."""
+
+    def remove(self, program: str) -> int:
+        """End and remove everything that a program has made; returns how many jobs that were."""
+
+    def close(self) -> None:
+        """End watch()."""
+
+
+class BackendFactory(Protocol):
+    """What an entry point in the group ``fiberexec.backends`` names: makes a backend from the executor's settings.
+
+    It contacts nobody. Raises ConfigError for settings that make no sense.
+    """
+
+    def __call__(self, settings: Any, max_workers: int | None) -> Backend | JobBackend: ...
