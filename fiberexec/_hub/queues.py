@@ -11,8 +11,8 @@ says in its cell how far it is; what it has not claimed can be taken back withou
     hub:      RECALLED = all that was sent, SETTLE seconds later: CLAIMED tells what it has kept
 
 Rules:
-- An item belongs to the consumer that claimed it; in a queue that counts (JoinableQueue) not before it was marked as done.
-  What else its process held when it died goes back to the front, in order.
+- An item belongs to the consumer that got it: claimed it and unpickled it, or failed to. In a queue that counts
+  (JoinableQueue) not before it was marked as done. What else its process held when it died goes back to the front, in order.
 - The first item of an answer is the consumer's, however long it takes to read it. What it holds beyond that and has not
   claimed after HOLD seconds is taken back, or at once when a get() that must not wait finds nothing else.
 """
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from fiberexec._errors import HubFull
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait, first
-from fiberexec._hub.wire import CELL, CLAIMED, DONE, OTHERS, RECALLED
+from fiberexec._hub.wire import CELL, CLAIMED, DONE, GOT, OTHERS, RECALLED
 
 if TYPE_CHECKING:
     from fiberexec._hub.server import Hub, Peer, Process
@@ -108,7 +108,7 @@ class Queue(Shared):
         """Answers (number of the first, items), or None when there was none in time. ``claimed`` is the caller's word."""
         consumer = self._consumer(peer.process, slot)
         consumer.end_recall()
-        self._settle(consumer, claimed)
+        self._settle(consumer)
         self._take_back(consumer, claimed)
         if timeout is not None and timeout < 2 * HOLD and not self._items:
             holders = [each for each in self._consumers.values() if each.last > each.kept]
@@ -126,10 +126,10 @@ class Queue(Shared):
     def do_done(self, peer: Peer, slot: int) -> None:
         """A consumer has marked in its cell what is done; or, with slot -1, a process marks what another thread got."""
         if slot >= 0:
-            self._settle(self._consumer(peer.process, slot), 0)
+            self._settle(self._consumer(peer.process, slot))
             return
         for consumer in self._consumers.values():
-            self._settle(consumer, 0)
+            self._settle(consumer)
         if not self._unfinished:
             raise ValueError("task_done() called too many times")
         self._mark_any(peer.process)
@@ -145,7 +145,7 @@ class Queue(Shared):
         consumer = self._consumers.get((peer.process, slot))
         if consumer is None:
             return True
-        self._settle(consumer, consumer.cell[CLAIMED])
+        self._settle(consumer)
         self._undo(consumer)
         if consumer.held:
             return False  # in a queue that counts: another thread may still mark these as done
@@ -156,14 +156,14 @@ class Queue(Shared):
         for key in [key for key in self._consumers if key[0] is process]:
             consumer = self._consumers.pop(key)
             consumer.end_recall()
-            self._settle(consumer, consumer.cell[CLAIMED])
+            self._settle(consumer)
             self._take_back(consumer, consumer.first - 1)
         self._deliver()
 
     def free(self) -> None:
-        """Let go of what consumers have got and did not say so yet: the first of an answer is theirs once it is claimed."""
+        """Let go of what consumers have got and did not say so yet."""
         for consumer in self._consumers.values():
-            self._settle(consumer, min(consumer.cell[CLAIMED], consumer.promised))
+            self._settle(consumer)
 
     def dropped(self) -> None:
         for item in self._items:
@@ -223,11 +223,11 @@ class Queue(Shared):
         if consumer is None:
             cell = process.cells[CELL * slot : CELL * (slot + 1)]
             consumer = self._consumers[process, slot] = Consumer(process, cell)
-            cell[CLAIMED] = cell[RECALLED] = cell[DONE] = cell[OTHERS] = 0
+            cell[CLAIMED] = cell[RECALLED] = cell[DONE] = cell[OTHERS] = cell[GOT] = 0
             process.uses[self] = None
         return consumer
 
-    def _settle(self, consumer: Consumer, claimed: int) -> None:
+    def _settle(self, consumer: Consumer) -> None:
         """Let go of what now belongs to the consumer."""
         if self._counts:
             fresh = consumer.cell[DONE] - consumer.done
@@ -236,7 +236,8 @@ class Queue(Shared):
                 if not self._mark(consumer):
                     self._mark_any(consumer.process)
             return
-        while consumer.first <= claimed and consumer.held:
+        got = consumer.cell[GOT]
+        while consumer.first <= got and consumer.held:
             item = consumer.held.popleft()
             consumer.first += 1
             self.hub.release(item.size)
@@ -256,7 +257,7 @@ class Queue(Shared):
         for consumer in sorted(self._consumers.values(), key=lambda each: each.process is not process):
             if self._mark(consumer):
                 consumer.cell[OTHERS] += 1
-                later = Timer(partial(self._settle, consumer, 0))  # it may be done by now and not have seen this
+                later = Timer(partial(self._settle, consumer))  # it may be done by now and not have seen this
                 self.hub.at(monotonic() + SETTLE, later)
                 return
         if self._unfinished:
@@ -297,9 +298,9 @@ class Queue(Shared):
             self.hub.at(monotonic() + SETTLE, consumer.recall)
 
     def _recalled(self, consumer: Consumer) -> None:
-        """What is claimed stays held until the consumer says so: it may be about to see that it was too late."""
+        """What is claimed stays held until the consumer has got it: it may be about to see that it was too late."""
         consumer.recall = None
-        self._settle(consumer, 0)
+        self._settle(consumer)
         self._take_back(consumer, consumer.kept)
         self._deliver()
 

@@ -27,11 +27,12 @@ TOKEN_SIZE = 32
 KEY_SIZE = 16
 
 # What a consumer of queues and the hub tell each other through shared memory, in words of 8 bytes. Items have numbers.
-CLAIMED = 0  # the last that get() returned
+CLAIMED = 0  # the last that get() took to return it
 RECALLED = 1  # the last that was taken back, 0: none since the last answer
 DONE = 2  # how many its thread marked as done
 OTHERS = 3  # how many of its items other threads marked as done
-CELL = 4  # words
+GOT = 4  # the last that get() has unpickled
+CELL = 5  # words
 CELLS = 8192  # at most, in one process
 
 ERRORS: dict[str, type[Exception]] = {

@@ -78,7 +78,7 @@ class _Cells:
     """The memory in which this process' consumers tell one hub how far they are."""
 
     def __init__(self, hub: Address) -> None:
-        fd = _platform.make_cells(CELLS)
+        fd = _platform.make_cells(CELLS * CELL // _platform.CELL_WORDS)  # workers' cells are smaller
         try:
             self.memory = _platform.map_cells(fd)
             client.send_fd(hub, ("cells", HUB, ()), fd)

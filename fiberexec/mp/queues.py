@@ -6,8 +6,9 @@ Rules:
 - An object is pickled in put(), so that what is changed later is not seen; what cannot be pickled goes to
   ``_on_queue_feeder_error``, as in multiprocessing.
 - A queue with a maxsize is asked for each object, one without gets them in batches from a thread.
-- get() claims an item in shared memory before it returns it. What was sent here and not claimed goes to others when they
-  wait for it, or when this process dies; see _hub/queues.py.
+- get() claims an item in shared memory before it unpickles it, and says there that it has it when that has ended, well or
+  not. What was sent here and not claimed goes to others when they wait for it, and what this process did not get when it
+  dies; see _hub/queues.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 from fiberexec._errors import HubFull
 from fiberexec._hub import client
 from fiberexec._hub.handle import Handle, seconds
-from fiberexec._hub.wire import DONE, OTHERS, RECALLED
+from fiberexec._hub.wire import DONE, GOT, OTHERS, RECALLED
 from fiberexec._serialize import dumps_result, loads
 from fiberexec.mp import _feeder
 from fiberexec.mp._consumer import Consumer
@@ -59,7 +60,7 @@ class _Ends(Handle):
         return consumer
 
     def _get(self, timeout: float | None) -> Any:
-        """The next item; None if there was none in time."""
+        """The next object. Raises queue.Empty if there was none in time, and what unpickling it raises."""
         consumer = self._consumer()
         item = consumer.claim()
         if item is None:
@@ -67,10 +68,13 @@ class _Ends(Handle):
             message = "get", self._id, (consumer.slot, consumer.number, consumer.want, timeout)
             answer, buffers = client.request(self._hub, message)
             if answer is None:
-                return None
+                raise Empty
             number, items = answer
             item = consumer.receive(number, items, buffers)
-        return item
+        try:
+            return loads(item) if type(item) is not tuple else loads(*item)
+        finally:
+            consumer.cell[GOT] = consumer.number
 
     def _after_fork(self) -> None:
         self._local = threading.local()
@@ -154,10 +158,7 @@ class Queue(_Ends):
             raise ValueError(f"Queue {self!r} is closed")
         if not block or timeout is not None:
             _feeder.feeder.flush(self, patient=False)
-        item = self._get(_limit(block, timeout))
-        if item is None:
-            raise Empty
-        return loads(item) if type(item) is not tuple else loads(*item)
+        return self._get(_limit(block, timeout))
 
     def qsize(self) -> int:
         """How many objects are in it."""
@@ -267,8 +268,7 @@ class SimpleQueue(_Ends):
     def get(self) -> Any:
         """Take the first object out, when there is one."""
         self._check_open()
-        item = self._get(None)
-        return loads(item) if type(item) is not tuple else loads(*item)
+        return self._get(None)
 
     def empty(self) -> bool:
         """Whether nothing is there to get."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -158,6 +159,69 @@ def test_what_a_killed_consumer_took_ahead_comes_back_in_order() -> None:
     killed(victim)
     assert [queue.get(timeout=LIMIT) for _ in range(700)] == list(range(300, 1000))
     assert queue.empty()
+
+
+class Deadly:
+    """Kills whoever unpickles it the first time."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return kill_once, (self.mark,)
+
+
+def kill_once(mark: Path) -> str:
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "survived"
+
+
+@pytest.mark.parametrize("before", [0, 100])
+@pytest.mark.parametrize("kind", ["Queue", "JoinableQueue", "SimpleQueue"])
+def test_an_item_whose_consumer_is_killed_while_it_unpickles_it_is_delivered_again(
+    kind: str, before: int, tmp_path: Path
+) -> None:
+    queue = getattr(mp, kind)()
+    for number in range(before):  # then it was taken ahead
+        queue.put(number)
+    queue.put(Deadly(tmp_path / "mark"))
+    queue.put("last")
+
+    def consume() -> None:
+        for item in iter(queue.get, "never"):
+            if kind == "JoinableQueue":
+                queue.task_done()
+            assert type(item) is int
+
+    victim = process(consume)
+    victim.join(LIMIT)
+    assert victim.exitcode == -signal.SIGKILL
+    assert [queue.get(), queue.get()] == ["survived", "last"]
+    assert queue.empty()
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+@pytest.mark.parametrize("kind", ["Queue", "SimpleQueue"])
+def test_what_cannot_be_unpickled_is_raised_once_and_not_delivered_again(kind: str) -> None:
+    queue = getattr(mp, kind)()
+    queue.put(Unreadable())
+
+    def consume() -> None:
+        with pytest.raises(ValueError, match="no number"):
+            queue.get()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    victim = process(consume)
+    victim.join(LIMIT)
+    assert victim.exitcode == -signal.SIGKILL
+    queue.put("next")
+    assert queue.get() == "next"
 
 
 def test_what_a_killed_consumer_did_not_mark_as_done_is_delivered_again() -> None:
