@@ -14,6 +14,7 @@ import multiprocessing.managers
 import os
 import pickle
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.process import current_process
 from typing import Any
@@ -66,6 +67,28 @@ class Server(multiprocessing.managers.Server):
         self._tickets: dict[int, str] = {}
         self._numbers = itertools.count()
 
+    def serve_client(self, conn: Any) -> None:
+        """Answer the calls of one connection. What ends a thread (SystemExit, ...) is an answer too when a method raises it."""
+        while True:
+            try:
+                return super().serve_client(conn)  # type: ignore[misc,no-any-return]
+            except BaseException as error:
+                if _is_end(conn, error):
+                    raise
+                try:
+                    conn.send(("#TRACEBACK", traceback.format_exc()))
+                except OSError:
+                    return
+
+    def create(self, c: Any, typeid: str, /, *args: Any, **kwds: Any) -> Any:
+        """Make an object, as the standard's; what ends a thread does not end it here."""
+        try:
+            return super().create(c, typeid, *args, **kwds)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"making a {typeid!r} raised {error!r}") from error
+
     def issue(self, c: Any, ident: str) -> int:
         """A reference to an object, for who is not there yet."""
         self.incref(c, ident)
@@ -82,6 +105,13 @@ class Server(multiprocessing.managers.Server):
     def get_proxytype(self, c: Any, typeid: str) -> Any:
         """What makes a proxy of this type, for a process that knows no manager, only a proxy."""
         return self.registry[typeid][-1]
+
+
+def _is_end(conn: Any, error: BaseException) -> bool:
+    """Whether serve_client() itself has ended the thread: the client has gone."""
+    below = error.__traceback__ and error.__traceback__.tb_next
+    own = below is not None and below.tb_next is None  # raised in its frame
+    return isinstance(error, SystemExit) and own and (conn.closed or isinstance(error.__context__, EOFError))
 
 
 class BaseProxy(multiprocessing.managers.BaseProxy):

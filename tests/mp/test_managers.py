@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -25,7 +26,15 @@ from typing import Any
 import pytest
 
 from fiberexec import mp
-from fiberexec.mp.managers import AsyncManager, BaseManager, BaseProxy, ManagerLost, SharedMemoryManager, SyncManager
+from fiberexec.mp.managers import (
+    AsyncManager,
+    BaseManager,
+    BaseProxy,
+    ManagerLost,
+    RemoteError,
+    SharedMemoryManager,
+    SyncManager,
+)
 
 LONG = 30.0
 
@@ -212,6 +221,46 @@ def test_every_use_of_a_manager_that_has_gone_says_so() -> None:
             use()
     assert "failed" in str(shared)
     manager.shutdown()
+
+
+class Ends:
+    def __init__(self, reason: type[BaseException] | None = None) -> None:
+        if reason is not None:
+            raise reason("made")
+
+    def end(self, reason: type[BaseException]) -> None:
+        raise reason("called")
+
+    def count(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("reason", [SystemExit, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("kind", [BaseManager, AsyncManager])
+def test_a_method_that_would_end_its_thread_is_an_error_and_the_proxy_goes_on(
+    kind: type[BaseManager], reason: type[BaseException], capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Manager(kind):  # type: ignore[misc,valid-type]
+        pass
+
+    Manager.register("Ends", Ends)
+    Manager.register("exit", lambda: sys, exposed=["exit"])
+
+    def outcome(of: Any) -> Any:
+        return of.result(LONG) if kind is AsyncManager else of
+
+    with Manager() as manager:
+        ends = manager.Ends()
+        with pytest.raises(RemoteError, match=f"{reason.__name__}: called"):
+            outcome(ends.end(reason))
+        with pytest.raises(RemoteError, match=rf"{reason.__name__}\('made'\)"):
+            manager.Ends(reason)
+        with pytest.raises(RemoteError, match="SystemExit: 3"):
+            outcome(manager.exit().exit(3))
+        assert outcome(ends.count()) == 1
+        assert outcome(manager.Ends().count()) == 1
+    manager.join()
+    assert capfd.readouterr().err == ""
 
 
 def test_what_a_method_raises_is_its_own() -> None:
