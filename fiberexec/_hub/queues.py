@@ -98,8 +98,7 @@ class Queue(Shared):
         found = _unpacked(items, peer.buffers)
         if self._putting or self._is_full():
             Put(self, peer, timeout, found)
-            if self.hub.bytes > self.hub.limit:
-                self.hub.starved[self] = None
+            self.admit()
             return PARKED
         self._add(found)
         return True
@@ -190,6 +189,8 @@ class Queue(Shared):
             put = first(self._putting)
             put.finish(True)
             self._add(put.items)
+        if self._putting and self.hub.bytes > self.hub.limit:
+            self.hub.starved[self] = None
 
     def _deliver(self) -> None:
         while self._getting and self._items:
@@ -327,6 +328,9 @@ class Put(Wait):
 
     def due(self) -> None:
         hub = self.shared.hub
+        self.shared.admit()  # there may be room by now
+        if self.done:
+            return
         if hub.bytes > hub.limit:
             self.fail(
                 HubFull(

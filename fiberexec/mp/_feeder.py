@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from _collections import deque  # type: ignore[import-not-found]
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fiberexec._errors import HubFull, HubLost
@@ -21,10 +23,16 @@ _IDLE = 0.05  # seconds after which the feeder's thread ends
 
 
 class Feeder:
-    """Says to the hub what this process put and marked as done, in that order. Its thread runs while there is something."""
+    """Says to the hub what this process put and marked as done, in that order. Its thread runs while there is something.
+
+    What the hub has no memory for waits in a thread of its own, and with it what follows in the same queue and all marks.
+    """
 
     def __init__(self) -> None:
         self._items: deque[tuple[Any, Any, Any]] = deque()  # queue, data, buffers; or queue, None, consumer: a mark
+        self._held: deque[tuple[Any, Any, Any]] = deque()  # of them: what waits for queues that are stuck
+        self._stuck: set[Queue] = set()
+        self._freed: list[Queue] = []  # of those: the hub has taken what was to go first
         self._changed = threading.Condition(threading.Lock())
         self._thread: threading.Thread | None = None
         self._waiting = False  # the thread, for items
@@ -70,7 +78,7 @@ class Feeder:
         """Let the thread end, if there is nothing to send."""
         with self._changed:
             thread = self._thread
-            if thread is None or not self._waiting or self._items:
+            if thread is None or not self._waiting or self._items or self._stuck:
                 return
             self._resting = True
             self._changed.notify_all()
@@ -89,14 +97,23 @@ class Feeder:
     def _run(self) -> None:
         while True:
             with self._changed:
+                self._go_on()
                 while not self._items:
                     self._waiting = True
-                    came = self._changed.wait(_IDLE)
+                    came = self._changed.wait(None if self._stuck else _IDLE)
                     self._waiting = False
-                    if (not came or self._resting) and not self._items:
+                    self._go_on()
+                    if (not came or self._resting) and not self._items and not self._stuck:
                         self._thread = None  # under the lock: the next put starts another
                         return
             self._send()
+
+    def _go_on(self) -> None:
+        if self._freed:
+            self._stuck.difference_update(self._freed)
+            self._freed.clear()
+            self._items.extendleft(reversed(self._held))
+            self._held.clear()
 
     def _send(self) -> None:
         """Send what there is: puts into the first one's queue, and marks, which may come later than they were made."""
@@ -107,7 +124,9 @@ class Feeder:
         size = 0
         while self._items and size < _BATCH and len(items) < _BATCH_ITEMS:
             target, data, more = self._items[0]
-            if data is None:
+            if self._stuck and (data is None or target in self._stuck):
+                self._held.append((target, data, more))
+            elif data is None:
                 marks.append((target, more))
             elif queue is None or target is queue:
                 queue = target
@@ -118,33 +137,52 @@ class Feeder:
             self._items.popleft()
         if queue is not None:
             self._put(queue, items, buffers)
+        if self._stuck and marks:  # what was put before is not there yet
+            self._held.extend((target, None, consumer) for target, consumer in marks)
+            return
         for target, consumer in marks:
             try:
                 target._mark(consumer)
             except HubLost as error:
                 target._lost = error
-        with self._changed:
-            self._sent += len(items) + len(marks)
-            if queue is not None:
-                queue._sent_count += len(items)
-            for target, _ in marks:
-                target._sent_count += 1
-            self._changed.notify_all()
+        if marks:
+            self._done(Counter(target for target, _ in marks))
 
     def _put(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:
         try:
+            client.request(queue._hub, ("put", queue._id, (items, 0.0)), buffers)
+        except HubFull as error:
+            with self._changed:
+                queue._full = error
+                self._stuck.add(queue)
+                self._changed.notify_all()
+            args = queue, items, buffers
             try:
-                client.request(queue._hub, ("put", queue._id, (items, 0.0)), buffers)
-            except HubFull as error:
-                self._set_full(queue, error)
-                client.request(queue._hub, ("put", queue._id, (items, None)), buffers)
-                self._set_full(queue, None)
+                threading.Thread(target=self._insist, args=args, name="QueueFeederThread", daemon=True).start()
+            except RuntimeError:  # no more threads: then all wait
+                self._insist(*args)
+            return
         except Exception as error:  # the hub has gone, or the queue
             queue._lost = error
+        self._done({queue: len(items)})
 
-    def _set_full(self, queue: Queue, error: HubFull | None) -> None:
+    def _insist(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:
+        """Put, whenever the hub has memory."""
+        try:
+            client.request(queue._hub, ("put", queue._id, (items, None)), buffers)
+        except Exception as error:
+            queue._lost = error
         with self._changed:
-            queue._full = error
+            queue._full = None
+            self._freed.append(queue)
+        self._done({queue: len(items)})
+
+    def _done(self, counts: Mapping[Any, int]) -> None:
+        """So many have been sent, by queue."""
+        with self._changed:
+            for queue, count in counts.items():
+                self._sent += count
+                queue._sent_count += count
             self._changed.notify_all()
 
 

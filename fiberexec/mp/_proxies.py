@@ -68,10 +68,10 @@ class Server(multiprocessing.managers.Server):
         self._numbers = itertools.count()
 
     def serve_client(self, conn: Any) -> None:
-        """Answer the calls of one connection. What ends a thread (SystemExit, ...) is an answer too when a method raises it."""
+        """Answer the calls of one connection. What would end the thread is an answer too, when a method raises it."""
         while True:
             try:
-                return super().serve_client(conn)  # type: ignore[misc,no-any-return]
+                return super().serve_client(conn)
             except BaseException as error:
                 if _is_end(conn, error):
                     raise

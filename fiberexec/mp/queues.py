@@ -202,6 +202,7 @@ class Queue(_Ends):
 
     def _after_fork(self) -> None:
         super()._after_fork()
+        self._full = None
         self._put_count = self._sent_count = 0
         self._exit = None
 
