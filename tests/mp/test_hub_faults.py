@@ -443,7 +443,6 @@ def test_nothing_counts_as_done_before_what_was_put_because_of_it_has_found_memo
     jobs.task_done()
     eventually(lambda: results._full is not None)
     assert not joined.wait(0.05)
-    client.call("limit", wire.HUB, 1 << 30)
     filler.get()
     filler.put(0)  # the hub has seen that
     assert joined.wait(LIMIT)
