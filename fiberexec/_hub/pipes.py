@@ -135,7 +135,6 @@ class Pipe(Shared):
         """Answers when the message is in the inbox; at once if there is room for it."""
         end = self._ends[index].other
         message = Message(data, peer.buffers, tickets)
-        peer.buffers = []  # an idle connection holds nothing
         if room:
             self._leave(end, room)
             if not end.closed:

@@ -188,7 +188,8 @@ class Queue(Shared):
         while self._putting and not self._is_full():
             put = first(self._putting)
             put.finish(True)
-            self._add(put.items)
+            items, put.items = put.items, []  # its time may come much later
+            self._add(items)
         if self._putting and self.hub.bytes > self.hub.limit:
             self.hub.starved[self] = None
 

@@ -57,6 +57,7 @@ class Process:
         self.pid = pid
         self.peers: dict[int, Peer] = {}  # by the connection's number
         self.uses: dict[Shared, None] = {}  # objects that want to hear of its end
+        self.made: set[int] = set()  # objects that nobody else can know
         self.cells = memoryview(b"")
         self.leaving = False  # it ends in order
 
@@ -143,6 +144,8 @@ class Hub(Shared):
                 if os.getppid() != self._root:
                     return
                 self._next_glance = now + _GLANCE
+                if self.bytes:
+                    self.free()
             timeout = self._next_glance - now
             if self._timers:
                 timeout = max(0.0, min(timeout, self._timers[0][0] - now))
@@ -280,6 +283,8 @@ class Hub(Shared):
             for shared in list(process.uses):
                 shared.gone(process)
             process.uses.clear()
+            for id in list(process.made):
+                self.do_drop(peer, id)
 
     # -- calls
 
@@ -308,6 +313,8 @@ class Hub(Shared):
             if type(error) not in ERRORS.values():
                 traceback.print_exc()
             return
+        finally:
+            peer.buffers = []  # an idle connection holds nothing
         if kind == REQUEST and answer is not PARKED:
             peer.reply(answer)
 
@@ -322,8 +329,19 @@ class Hub(Shared):
         self.objects[id] = KINDS[kind](self, *args)
         return id
 
+    def do_make(self, peer: Peer, kind: str, *args: Any) -> int:
+        """As new, for as long as the process: until it says that others may know it."""
+        id = self.do_new(peer, kind, *args)
+        peer.process.made.add(id)
+        return id
+
+    def do_share(self, peer: Peer, *ids: int) -> None:
+        """Others may know these from now on, or all that the process has made so far: they outlive it."""
+        peer.process.made.difference_update(ids or list(peer.process.made))
+
     def do_drop(self, peer: Peer, id: int) -> None:
         shared = self.objects.pop(id, None)
+        peer.process.made.discard(id)
         if isinstance(shared, int):
             os.close(shared)
         elif shared is not None:
