@@ -51,11 +51,12 @@ def bundle(name: str) -> tuple[str, bytes] | None:
         if isinstance(spec.loader, zipimport.zipimporter):
             raise Unfit(f"the driver has it in an archive, {spec.origin}")
         if spec.origin is None or not spec.has_location:
-            for folder in spec.submodule_search_locations or ():
-                if os.path.isdir(folder) and not is_installed(folder):
+            folders = [folder for folder in spec.submodule_search_locations or () if os.path.isdir(folder)]
+            for folder in folders:
+                if not is_installed(folder):
                     _collect_namespace(folder, name, files)
             if not files:
-                return _installed_hint(name) if spec.submodule_search_locations else None
+                return _installed_hint(name) if any(map(is_installed, folders)) else None
         elif not os.path.isfile(spec.origin):
             return None
         elif is_installed(spec.origin):
