@@ -33,11 +33,12 @@ class Payload:
 class Connection:
     """Any thread may call write(); the manager's thread alone reads, and closes."""
 
-    def __init__(self, worker: int, pid: int, host: str, stream: Stream) -> None:
+    def __init__(self, worker: int, pid: int, host: str, stream: Stream, same_host: bool) -> None:
         self.worker = worker
         self.pid = pid
         self.host = host
         self.stream = stream
+        self._same_host = same_host
         self.outbox: deque[Send | tuple[int, bytes, list[Buffer]]] = deque()  # filled under the manager's lock, in order
         self.recalled = 0  # items up to this number have been taken back
         self._known: dict[int, None] = {}  # ids of functions that the worker has, oldest first
@@ -108,7 +109,7 @@ class Connection:
 
     def _changes(self) -> dict[str, Any] | None:
         """What has changed in this process since the worker was told, of what a new function may need."""
-        now = surroundings()
+        now = surroundings(self._same_host)
         changed = {name: value for name, value in now.items() if self._told.get(name) != value}
         self._told.update(changed)
         return changed or None
@@ -164,9 +165,9 @@ class Connection:
             events.append(ev.WorkerReady(self.worker, reason))
 
 
-def surroundings() -> dict[str, Any]:
-    """What workers follow this process in: see Worker._adapt."""
-    now: dict[str, Any] = {"path": list(sys.path)}
+def surroundings(same_host: bool) -> dict[str, Any]:
+    """What workers follow this process in: see Worker._adapt. Those on other hosts find modules in places of their own."""
+    now: dict[str, Any] = {"path": list(sys.path)} if same_host else {}
     if "multiprocessing.managers" in sys.modules:
         now["authkey"] = bytes(sys.modules["multiprocessing"].current_process().authkey)
     if "fiberexec.mp" in sys.modules:  # what tasks make to share lives as long as this program

@@ -79,6 +79,11 @@ class Stream:
         """Whether a large buffer is being read."""
         return self._target is not None
 
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait to be sent."""
+        return sum(map(len, self._out))
+
     def close(self) -> None:
         self._sock.close()
         self._out.clear()

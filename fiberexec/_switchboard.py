@@ -130,7 +130,7 @@ class Switchboard:
             if isinstance(event, base.Started):
                 self._refused = 0
                 event.connection.setblocking(False)
-                connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
+                connection = Connection(event.worker, event.pid, event.host, Stream(event.connection), self.backend.same_host)
                 self.connections[event.worker] = connection
                 self._waiting.add(connection.stream, connection)
                 connection.outbox.append((messages.SETUP, *self._setup()))

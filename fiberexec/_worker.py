@@ -111,10 +111,13 @@ class Worker:
         self._adapt(setup)
         sys.argv[:] = setup["argv"]
         os.environ.update(setup["env"])
-        try:
-            os.chdir(setup["cwd"])
-        except OSError:
-            pass  # it may not exist here
+        if setup["cwd"] is None:
+            self._find_code()
+        else:
+            try:
+                os.chdir(setup["cwd"])
+            except OSError:
+                pass  # it has gone
         self._log_levels = setup["log_levels"]
         if setup["prefix"]:
             from fiberexec._output import prefix_output
@@ -146,6 +149,23 @@ class Worker:
             from fiberexec import _inherited
 
             _inherited.hub = changes["hub"]
+
+    def _find_code(self) -> None:
+        """On another host: ask the driver for modules that are not here."""
+        from fiberexec import _bundle
+
+        def ask(name: str) -> tuple[str, bytes] | None:
+            from fiberexec._hub import client
+            from fiberexec._hub.wire import HUB
+
+            digest, buffers = client.request(client.launch.address(), ("code", HUB, (name,)))
+            return None if digest is None else (digest, bytes(buffers[0]))
+
+        _bundle.install(ask, os.path.join(os.environ["FIBEREXEC_JOB"], "code"), excuse=self._excuse)
+
+    def _excuse(self, seconds: float) -> None:
+        """A task has waited for its code: that is not its own time."""
+        self._cell[STARTED] += int(seconds * 1e9)
 
     def _leave(self) -> None:
         """What a process does when it ends in order: other threads, then functions registered by tasks."""

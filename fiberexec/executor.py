@@ -223,7 +223,7 @@ class FiberExecutor(_Submitter):
             idle_timeout=patience,
             startup_timeout=settings.startup_timeout,
         )
-        setup = _Setup(settings, initializer, initargs)
+        setup = _Setup(settings, initializer, initargs, backend.same_host)
         delay = _LaunchDelay(launch_retry, settings.startup_timeout)
         self._functions = FunctionTable()
         self._profiles = Profiles(options, backend.largest)
@@ -298,8 +298,11 @@ class ExecutorView(_Submitter):
 class _Setup:
     """What every new worker is told first."""
 
-    def __init__(self, settings: Any, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+    def __init__(
+        self, settings: Any, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...], same_host: bool
+    ) -> None:
         self._settings = settings
+        self._same_host = same_host
         self._initializer: tuple[bytes, list[Any]] = (b"", [])
         self._has_initializer = initializer is not None
         if initializer is not None:
@@ -312,9 +315,9 @@ class _Setup:
         except OSError:
             directory = "/"
         message = {
-            **surroundings(),
+            **surroundings(self._same_host),
             "argv": list(getattr(sys, "argv", [])),
-            "cwd": directory,
+            "cwd": directory if self._same_host else None,
             "env": dict(self._settings.env or {}),
             "log_levels": log_levels(),
             "prefix": self._settings.prefix_output,

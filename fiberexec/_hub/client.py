@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 from _collections import deque  # type: ignore[import-not-found]
-from _socket import AF_UNIX, SO_SNDBUF, SOCK_STREAM, SOL_SOCKET, socket
+from _socket import AF_UNIX, SHUT_RDWR, SO_SNDBUF, SOCK_STREAM, SOL_SOCKET, socket
 from collections.abc import Sequence
 from multiprocessing import util
 from typing import Any, NoReturn
@@ -50,7 +50,7 @@ class _Channel:
         replaced = (replaces.number, replaces.seen) if replaces is not None else (0, 0)
         hello = HELLO.pack(MAGIC, hub.token, key or _key, os.getpid(), self.number, *replaced) + frame
         try:
-            sock.connect(hub.path)
+            sock.connect(launch.way(hub))
             if fd >= 0:
                 _platform.send_fd(sock, hello, fd)
             else:
@@ -62,6 +62,13 @@ class _Channel:
             if isinstance(error, OSError):
                 _lost(hub, error)
             raise
+
+    def shutdown(self) -> None:
+        """End a receive() that another thread is in."""
+        try:
+            self.stream._sock.shutdown(SHUT_RDWR)
+        except OSError:
+            pass  # it has ended by itself
 
     def close(self) -> None:
         _channels.discard(self)
@@ -131,6 +138,29 @@ def post(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
 def post_later(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
     """As post(), before this process' next call: for finalizers."""
     _later.append((hub, encode(message)))
+
+
+def subscribe(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> _Channel:
+    """Ask for events, which come as frames of the channel's stream from now on. Whoever has it closes it."""
+    channel = _Channel(hub)
+    try:
+        _say(channel, REQUEST, message, ())
+        kind, body, _ = channel.stream.receive_one()
+        value = decode(body)
+    except (OSError, EOFError) as error:
+        channel.close()
+        _lost(hub, error)
+    if kind == ERROR:
+        channel.close()
+        raise ERRORS[value[0]](*value[1])
+    return channel
+
+
+def attach(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> socket:
+    """Ask for an operation that makes the connection something else than the hub's: returns its socket."""
+    channel = subscribe(hub, message)
+    _channels.discard(channel)
+    return channel.stream._sock
 
 
 def send_fd(hub: Address, message: tuple[str, int, tuple[Any, ...]], fd: int) -> Any:

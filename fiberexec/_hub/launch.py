@@ -34,6 +34,9 @@ class Address(NamedTuple):
     token: bytes
 
 
+JOB = "FIBEREXEC_JOB"  # the variable that names a job's folder, in its processes
+DOOR = "hub"  # the socket in it, by which they reach whatever hub
+ADDRESS = "address"  # a file there: the hub's path on its own host, and its token
 _lock = threading.RLock()  # guards all that follows
 _address: Address | None = None
 _listener: socket | None = None  # in the root, while the hub is reserved and not started
@@ -45,6 +48,10 @@ at_close: list[Callable[[], None]] = []  # called before the hub is ended
 def address() -> Address:
     """The address of this program's hub, which is reserved if there is none."""
     told = _inherited.hub
+    if told is None and _address is None and in_job():
+        with open(os.path.join(os.environ[JOB], ADDRESS), "rb") as file:
+            path, token = file.read().rsplit(b"\n", 1)
+        told = os.fsdecode(path), bytes.fromhex(token.decode())
     if told is not None and told != _address:
         adopt(Address(*told))
     return _address or reserve()
@@ -77,6 +84,16 @@ def reserve() -> Address:
             _address = Address(path, os.urandom(TOKEN_SIZE))
             Finalize(None, close, exitpriority=-100)  # after the queues' -5: they still flush
         return _address
+
+
+def in_job() -> bool:
+    """Whether this process is in a job on another host, and the hub is behind its agent."""
+    return JOB in os.environ
+
+
+def way(hub: Address) -> str:
+    """The path of the socket by which this process reaches a hub."""
+    return os.path.join(os.environ[JOB], DOOR) if in_job() else hub.path
 
 
 def fileno() -> int:

@@ -26,11 +26,13 @@ from typing import Any
 
 from fiberexec import _messages as messages
 from fiberexec import _platform
-from fiberexec._hub import launch
+from fiberexec._hub import janitor, launch
+from fiberexec._hub.fleet import Fleet, Launcher
 from fiberexec._hub.locks import Barrier, Condition, Event, Semaphore
 from fiberexec._hub.pipes import Pipe
 from fiberexec._hub.queues import Queue
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
+from fiberexec._hub.switch import AgentLink, Switch
 from fiberexec._hub.wire import ERROR, ERRORS, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
 from fiberexec._stream import Frame, ProtocolError, Stream, pack
 
@@ -42,6 +44,8 @@ _READ = 1 << 16
 KINDS: dict[str, Callable[..., Shared]] = {
     "barrier": Barrier,
     "condition": Condition,
+    "fleet": Fleet,
+    "launcher": Launcher,
     "event": Event,
     "pipe": Pipe,
     "queue": Queue,
@@ -65,10 +69,11 @@ class Process:
 class Peer:
     """A connection. ``undo`` takes back the last answer, which the other end may not have seen."""
 
-    __slots__ = ("answers", "buffers", "fds", "hub", "number", "parked", "process", "sock", "stream", "undo")
+    __slots__ = ("answers", "buffers", "fds", "hub", "link", "number", "parked", "process", "sock", "stream", "undo")
 
-    def __init__(self, hub: Hub, sock: socket) -> None:
+    def __init__(self, hub: Hub, sock: socket, link: AgentLink | None = None) -> None:
         self.hub = hub
+        self.link = link  # by which it comes, from a process in a job
         self.sock = sock
         self.stream = Stream(sock)
         self.process: Process = NOBODY  # until it has proved that it belongs to the program
@@ -88,8 +93,12 @@ class Peer:
 
     def _send(self, kind: int, value: object, buffers: Sequence[Any] = ()) -> None:
         self.answers += 1
+        self.push(kind, messages.encode(value), buffers)
+
+    def push(self, kind: int, body: bytes, buffers: Sequence[Any] = ()) -> None:
+        """Send a frame as far as the kernel takes it, and the rest later."""
         try:
-            if not self.stream.send_some(kind, messages.encode(value), buffers):  # type: ignore[arg-type]
+            if not self.stream.send_some(kind, body, buffers):  # type: ignore[arg-type]
                 self.hub.watch(self, _IN | _OUT)
         except OSError:
             pass  # its end will be read
@@ -118,6 +127,8 @@ class Hub(Shared):
         self._listener = listener
         self._lifeline = lifeline
         self._peers: dict[int, Peer] = {}  # by descriptor
+        self.switch = Switch(self)
+        self._others: dict[int, Callable[[int], None]] = {}  # by descriptor, what the switch follows
         self._timers: list[tuple[float, int, Timer | Wait]] = []
         self._most_timers = 1000  # then those that are done are dropped
         self._order = itertools.count()
@@ -153,6 +164,8 @@ class Hub(Shared):
                 peer = self._peers.get(fd)
                 if peer is not None:
                     self._serve(peer, event)
+                elif fd in self._others:
+                    self._others[fd](event)
                 elif fd == self._lifeline:
                     return
                 elif fd == self._listener.fileno():
@@ -162,6 +175,19 @@ class Hub(Shared):
                 look()
             if self._timers:
                 self._run_timers()
+            self.switch.speak()
+
+    def follow(self, fd: int, events: int, call: Callable[[int], None]) -> None:
+        """Call when there is something at a descriptor."""
+        if fd in self._others:
+            self._poller.modify(fd, events)
+        else:
+            self._poller.register(fd, events)
+        self._others[fd] = call
+
+    def unfollow(self, fd: int) -> None:
+        del self._others[fd]
+        self._poller.unregister(fd)
 
     def at(self, when: float, timer: Timer | Wait) -> None:
         """Let ``timer`` be due at that time of the monotonic clock; 0: now, after another look at all connections."""
@@ -189,6 +215,23 @@ class Hub(Shared):
             if isinstance(shared, Queue):
                 shared.free()
 
+    def clean(self, program: str, remains: list[Any]) -> None:
+        """Let a janitor remove what a program's launcher has made."""
+        if remains:
+            janitor.start(program, remains)
+
+    def finish(self) -> None:
+        """The program has gone: end what is left of it elsewhere."""
+        for shared in list(self.objects.values()):
+            if isinstance(shared, Launcher):
+                shared.gone(NOBODY)
+        deadline = monotonic() + _GLANCE
+        while self.switch.links and monotonic() < deadline:
+            self.switch.speak()
+            for fd, event in self._poll(0.05):
+                if fd in self._others:
+                    self._others[fd](event)
+
     def watch(self, peer: Peer, events: int) -> None:
         self._poller.modify(peer.sock, events)
 
@@ -210,11 +253,21 @@ class Hub(Shared):
             except OSError:
                 self._next_glance = 0.0  # out of descriptors: it is tried again
                 return
-            sock = socket(fileno=fd)
-            sock.setblocking(False)
-            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
-            self._peers[fd] = Peer(self, sock)
-            self._poller.register(fd, _IN)
+            self.welcome(socket(fileno=fd), None)
+
+    def welcome(self, sock: socket, link: AgentLink | None) -> None:
+        """Serve a new connection."""
+        sock.setblocking(False)
+        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
+        self._peers[sock.fileno()] = Peer(self, sock, link)
+        self._poller.register(sock, _IN)
+
+    def hand_over(self, peer: Peer) -> socket:
+        """Stop serving a connection: its socket is somebody else's now."""
+        del self._peers[peer.sock.fileno()]
+        self._poller.unregister(peer.sock)
+        peer.process.peers.pop(peer.number)
+        return peer.sock
 
     def _serve(self, peer: Peer, event: int) -> None:
         try:
@@ -339,6 +392,10 @@ class Hub(Shared):
         """Others may know these from now on, or all that the process has made so far: they outlive it."""
         peer.process.made.difference_update(ids or list(peer.process.made))
 
+    def do_code(self, peer: Peer, name: str) -> Any:
+        """The user's own code for a process in a job: (digest, archive as a buffer), or None."""
+        return None if peer.link is None else peer.link.job.fleet.launcher.ask_code(peer, name)
+
     def do_drop(self, peer: Peer, id: int) -> None:
         shared = self.objects.pop(id, None)
         peer.process.made.discard(id)
@@ -388,8 +445,10 @@ def main(listener: int, lifeline: int) -> None:
         pass  # as many as there are
     sock = socket(fileno=listener)
     path = sock.getsockname()
+    hub = Hub(sock, lifeline, token)
     try:
-        Hub(sock, lifeline, token).run()
+        hub.run()
+        hub.finish()
     finally:
         launch.remove_folder(path)
         os._exit(0)

@@ -16,6 +16,7 @@ REQUEST = 40
 POST = 41
 REPLY = 42
 ERROR = 43
+EVENT = 44  # from the hub, whenever it has one: on a connection on which events were asked for
 
 HUB = 0  # the id of the hub itself, among its objects
 

@@ -113,6 +113,7 @@ class Backend(Protocol):
 
     name: str  # as in FiberExecutor(backend=...)
     host: str  # where its workers are, for messages, if that is one place
+    same_host: bool  # whether workers share this host's files, processors and memory, so that there are no jobs to be sized
     largest: Pool  # the largest pool that a task can be given
     default_workers: int  # max_workers where the user gives none
     idle_timeout: float | None  # seconds after which an idle worker goes where the user says nothing; None: never

@@ -47,7 +47,7 @@ class LocalBackend:
     """See base.Backend. ``cpu``, ``memory`` and ``gpu`` of the settings narrow what tasks are promised of the machine."""
 
     name = "local"
-    one_pool = True  # every process shares the machine: there are no jobs to be sized
+    same_host = True
     idle_timeout: float | None = None
 
     def __init__(self, settings: Any, max_workers: int | None = None) -> None:

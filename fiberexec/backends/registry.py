@@ -6,10 +6,14 @@ import importlib
 from typing import Any
 
 from fiberexec._errors import ConfigError
-from fiberexec.backends.base import Backend, BackendFactory
+from fiberexec.backends.base import Backend, BackendFactory, JobBackend
 
 GROUP = "fiberexec.backends"
-_BUILT_IN = {"local": "fiberexec.backends.local:LocalBackend"}
+_BUILT_IN = {
+    "agents": "fiberexec.testing._agents:AgentBackend",
+    "docker": "fiberexec.backends.docker:DockerBackend",
+    "local": "fiberexec.backends.local:LocalBackend",
+}
 
 
 def names() -> list[str]:
@@ -21,7 +25,20 @@ def names() -> list[str]:
 
 def create(name: str, settings: Any, max_workers: int | None) -> Backend:
     """Make the backend of this name. Raises ConfigError for an unknown one, and says which is nearest."""
-    return _factory(name)(settings, max_workers)
+    backend = _factory(name)(settings, max_workers)
+    if isinstance(backend, Backend):
+        return backend
+    from fiberexec._remote import RemoteBackend
+
+    return RemoteBackend(backend, settings._replace(backend=name))
+
+
+def create_jobs(name: str, settings: Any) -> JobBackend:
+    """Make the backend of this name, to start jobs with."""
+    backend = _factory(name)(settings, None)
+    if isinstance(backend, Backend):
+        raise ConfigError(f"backend {name!r} runs processes of this host: there are no jobs")
+    return backend
 
 
 def _factory(name: str) -> BackendFactory:

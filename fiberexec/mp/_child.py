@@ -45,7 +45,7 @@ def run(data: bytes, *buffers: Any) -> NoReturn:
         worker.unit = None  # it executes no task of an executor
         found = loads(data, buffers)
         del data, buffers
-        found._config["tempdir"] = os.path.dirname(hub.address().path)  # of managers' sockets: it goes with the program
+        found._config["tempdir"] = os.path.dirname(hub.way(hub.address()))  # of managers' sockets: it goes with the program
         code = found._bootstrap(parent_sentinel=worker.fileno())
         atexit._run_exitfuncs()
         client.goodbye()  # its finalizer may have been forgotten when the process began

@@ -111,11 +111,11 @@ class Jobs:
 
     # -- called by any thread
 
-    def start(self, job: Job, setup: tuple[bytes, list[Buffer]], task: Task) -> None:
+    def start(self, job: Job, setup: Callable[[bool], tuple[bytes, list[Buffer]]], task: Task) -> None:
         """Launch a job. Raises ConfigError for a backend, and ResourceError for a size, that cannot be had."""
         with self._lock:
             job.backend = self._backend_for(job.size)
-            job.setup, job.task = setup, task
+            job.setup, job.task = setup(job.backend.same_host), task
             self._start()
             self._inbox.append((job, 0))
         self._waker.wake()
@@ -155,7 +155,7 @@ class Jobs:
 
     def _backend_for(self, size: Size) -> Backend:
         shared = self._backend(size._replace(cpu=None, memory=None, gpu=None))
-        if not getattr(shared, "one_pool", False):  # a hint: where there is none, each job can be sized
+        if not shared.same_host:
             return self._backend(size)
         asked, has = Resources(size.cpu or 0, size.memory or 0, size.gpu or 0), shared.largest.capacity
         if asked.cpu > has.cpu or asked.memory > has.memory or asked.gpu > has.gpu:
@@ -251,7 +251,8 @@ class Jobs:
         job = self._jobs[event.worker]
         job.pid, job.host, job.id = event.pid, event.host, event.job
         event.connection.setblocking(False)
-        connection = Connection(event.worker, event.pid, event.host, Stream(event.connection))
+        stream = Stream(event.connection)
+        connection = Connection(event.worker, event.pid, event.host, stream, job.backend.same_host)
         job.connection = connection
         self._watch(connection.stream, job)
         if job.size.gpu is not None:  # those that the fewest others have

@@ -44,7 +44,7 @@ class Popen:
         try:
             call = dumps_call(self._pickle(process_obj), {})
             self._jobs = _jobs.get()
-            self._jobs.start(job, _setup(method), partial(_task, *call))
+            self._jobs.start(job, partial(_setup, method), partial(_task, *call))
         except BaseException:
             job.finish(Exit())
             self.close()
@@ -119,7 +119,7 @@ class Popen:
         return resource_sharer.DupFd(fd)
 
 
-def _setup(method: str | None) -> tuple[bytes, list[Buffer]]:
+def _setup(method: str | None, same_host: bool) -> tuple[bytes, list[Buffer]]:
     """The SETUP frame: see Worker._setup, and prepare() in the child."""
     settings = _config.load()
     _changed.update(name for name in {*os.environ, *_environ} if os.environ.get(name) != _environ.get(name))
@@ -138,14 +138,15 @@ def _setup(method: str | None) -> tuple[bytes, list[Buffer]]:
     except OSError:
         directory = "/"
     message = {
-        "path": list(sys.path),
         "argv": list(getattr(sys, "argv", [])),
-        "cwd": directory,
+        "cwd": directory if same_host else None,
         "env": dict(settings.env),
         "log_levels": log_levels(),
         "prefix": settings.prefix_output,
         "initializer": data,
     }
+    if same_host:
+        message["path"] = list(sys.path)
     return messages.encode(message), buffers
 
 

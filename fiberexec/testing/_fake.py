@@ -39,6 +39,7 @@ class FakeBackend:
 
     name = "fake"
     host = "fake-host"
+    same_host = True
 
     def __init__(
         self,

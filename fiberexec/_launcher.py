@@ -1,0 +1,213 @@
+"""The launcher: the thread of a driver that starts jobs, and hears how they end, for everybody who asks the hub for some.
+
+    hub ── start, terminate, code ─► launcher ─ JobBackend ─► docker, kubernetes, ...
+        ◄─ failed, ended, answer ──
+
+Rules:
+- There is one in each process of this host that uses jobs, from the first use to the process' end. Processes in jobs have
+  none: what they want is started by the launcher that started them.
+- What may take its time is done by threads of its own, so that one slow job holds up no other.
+- The keys of the program are made here, and never touch a disk of this host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+from fiberexec import _messages as messages
+from fiberexec._errors import HubLost, LaunchError
+from fiberexec._hub import client, launch
+from fiberexec._hub.wire import HUB
+from fiberexec._remote import restored
+from fiberexec.backends import registry
+from fiberexec.backends.base import Job, JobBackend, JobEnded
+
+SERVER = "hub"  # the name on the hub's certificate
+_AT_ONCE = 16  # calls of backends
+
+
+class _Place:
+    """A backend with the settings that its jobs have."""
+
+    def __init__(self, backend: JobBackend, settings: Any) -> None:
+        self.backend = backend
+        self.settings = settings
+        self.urls: list[str] = []
+        self.lock = threading.Lock()  # guards urls: the hub is asked once
+
+
+class Launcher:
+    """See the module's description."""
+
+    def __init__(self) -> None:
+        from fiberexec._tls import Authority
+
+        self.program = f"fx-{os.urandom(5).hex()}"
+        self._authority = Authority()
+        self._hub = launch.start()
+        self.id: int = client.call("new", HUB, "launcher", self.program, hub=self._hub)
+        self._channel = client.subscribe(self._hub, ("events", self.id, ()))
+        self._lock = threading.Lock()  # guards what follows
+        self._places: dict[str, _Place] = {}  # by settings
+        self._jobs: dict[str, _Place] = {}  # that were started and have not ended
+        self._closed = False
+        self._room = threading.Semaphore(_AT_ONCE)
+        self._thread = threading.Thread(target=self._run, name="fiberexec-launcher", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End, and return when that is done. Jobs that are left are the hub's affair."""
+        with self._lock:
+            self._closed = True
+            places = list(self._places.values())
+        if not self._jobs:
+            try:
+                client.post(self._hub, ("leave", self.id, ()))
+            except HubLost:
+                pass
+        self._channel.shutdown()
+        for place in places:
+            place.backend.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            while True:
+                _, body, _ = self._channel.stream.receive_one()
+                verb, *args = messages.decode(body)
+                self._in_thread(getattr(self, "_" + verb), *args)
+        except (OSError, EOFError):
+            pass
+        finally:
+            self._channel.close()
+            if not self._closed:  # the hub has died: nobody can reach the jobs any more
+                for job in list(self._jobs):
+                    self._in_thread(self._terminate, job)
+
+    def _in_thread(self, call: Any, *args: Any) -> None:
+        def guarded() -> None:
+            with self._room:
+                try:
+                    call(*args)
+                except HubLost:
+                    pass
+
+        threading.Thread(target=guarded, name="fiberexec-launcher-call", daemon=True).start()
+
+    def _start(self, job: str, told: tuple[str, dict[str, Any]]) -> None:
+        try:
+            place = self._place(told)
+            with self._lock:
+                self._jobs[job] = place
+            certificate, key = self._authority.certificate(job)
+            settings = place.settings
+            credentials = {
+                "job": job,
+                "hub": self._urls(place, told),
+                "address": (self._hub.path, self._hub.token.hex()),
+                "server": SERVER,
+                "ca": self._authority.ca,
+                "certificate": certificate,
+                "key": key,
+                "driver_timeout": settings.driver_timeout,
+                "env": dict(settings.env),
+                "workers": settings.workers_per_job,
+            }
+            command = "python", "-m", "fiberexec._agent", "-"
+            place.backend.start(Job(job, self.program, command, json.dumps(credentials).encode()))
+        except Exception as error:
+            self._jobs.pop(job, None)
+            final = isinstance(error, (LaunchError, ValueError)) and getattr(error, "final", True)
+            text = str(error) if isinstance(error, (LaunchError, ValueError)) else f"{type(error).__name__}: {error}"
+            self._post("failed", job, text, final)
+
+    def _terminate(self, job: str) -> None:
+        place = self._jobs.get(job)
+        if place is not None:
+            place.backend.terminate([job])
+
+    def _code(self, request: int, name: str) -> None:
+        from fiberexec import _bundle
+
+        found = _bundle.bundle(name)
+        digest, archive = found if found is not None else ("", b"")
+        client.call("answer", self.id, request, digest, buffers=(archive,), hub=self._hub)
+
+    def _ended(self, found: list[JobEnded]) -> None:
+        """What watch() of a backend reports."""
+        for job, exit, *rest in found:
+            place = self._jobs.pop(job, None)
+            if place is not None:
+                self._post("ended", job, tuple(exit), *(rest or ("", False)))
+                self._in_thread(place.backend.terminate, [job])  # what is left of it
+
+    def _post(self, op: str, *args: object) -> None:
+        try:
+            client.post(self._hub, (op, self.id, args))
+        except HubLost:
+            pass
+
+    def _place(self, told: tuple[str, dict[str, Any]]) -> _Place:
+        key = json.dumps(told, sort_keys=True)
+        with self._lock:
+            place = self._places.get(key)
+            if place is None:
+                name, settings = restored(told)
+                backend = registry.create_jobs(name, settings)
+                place = self._places[key] = _Place(backend, settings)
+                watch = threading.Thread(target=self._watch, args=(backend,), name="fiberexec-launcher-watch", daemon=True)
+                watch.start()
+        return place
+
+    def _watch(self, backend: JobBackend) -> None:
+        backend.watch(self._ended)
+
+    def _urls(self, place: _Place, told: tuple[str, dict[str, Any]]) -> list[str]:
+        with place.lock:
+            if not place.urls:
+                certificate, key = self._authority.certificate(SERVER, server=True)
+                hosts = place.backend.advertise()
+                tls = self._authority.ca, certificate, key
+                path = [folder for folder in sys.path if folder]
+                port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
+                place.urls = [f"tls+tcp://{host}:{port}" for host in hosts]
+        return place.urls
+
+
+_lock = threading.Lock()  # guards _launcher
+_launcher: Launcher | None = None
+
+
+def get() -> int:
+    """The id of this process' launcher, which is started if there is none."""
+    global _launcher
+    with _lock:
+        if _launcher is None:
+            _launcher = Launcher()
+        return _launcher.id
+
+
+def close() -> None:
+    """End this process' launcher, if it has one."""
+    global _launcher
+    with _lock:
+        launcher, _launcher = _launcher, None
+    if launcher is not None:
+        launcher.close()
+
+
+def _in_child() -> None:
+    global _lock, _launcher
+    _lock = threading.Lock()
+    _launcher = None
+
+
+launch.at_close.insert(0, close)
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,214 @@
+"""Workers in jobs: what the manager sees as a backend, in front of the hub and whoever starts jobs for it.
+
+    manager ── launch, signal, probe, recall ─► RemoteBackend ─► the hub's Fleet ─► agents
+            ◄─ Started, Ended, ... ───────────      ◄─ events, as they come
+            ◄═ each worker's stream, through the hub ═►
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fiberexec import _config
+from fiberexec import _messages as messages
+from fiberexec._errors import ConfigError, HubLost, LaunchError
+from fiberexec._hub import client, launch
+from fiberexec._hub.wire import HUB
+from fiberexec._stream import ProtocolError
+from fiberexec.backends.base import Cell, Ended, Exit, JobBackend, JobEvent, Pool, Probed, Recalled, Refused, Resources, Started
+
+_CLOSE_TIMEOUT = 60.0  # seconds that the ends of all jobs may take
+
+
+class RemoteBackend:
+    """See base.Backend. ``jobs`` says what a job is like; the launcher makes another one of it."""
+
+    same_host = False
+
+    def __init__(self, jobs: JobBackend, settings: _config.Settings) -> None:
+        self.name = jobs.name
+        self.host = jobs.name
+        self.largest = jobs.largest
+        self.default_workers = jobs.default_workers
+        self.idle_timeout = jobs.idle_timeout
+        self._settings = plain(settings)
+        self._workers_per_job = settings.workers_per_job
+        self._timeout = settings.driver_timeout
+        self._hub: launch.Address | None = None
+        self._fleet = 0
+        self._events: Any = None  # the channel by which they come
+        self._found: list[JobEvent] = []
+        self._workers: dict[int, bool] = {}  # those that have not ended: whether they have started
+        self._cells: dict[int, Cell] = {}
+        self._lost: BaseException | None = None
+
+    def launch(self, workers: Sequence[int]) -> None:
+        self._workers.update(dict.fromkeys(workers, False))
+        try:
+            if self._events is None:
+                self._begin()
+            self._post("launch", list(workers))
+        except (OSError, RuntimeError, ValueError) as error:
+            for worker in workers:
+                self._refuse(worker, error, isinstance(error, (HubLost, ValueError)))
+
+    def _begin(self) -> None:
+        """Become known to the hub."""
+        if self._lost is not None:
+            raise self._lost
+        from fiberexec import _launcher
+
+        self._hub = hub = launch.start()
+        launcher = 0 if launch.in_job() else _launcher.get()
+        self._fleet = client.call("new", HUB, "fleet", hub=hub)
+        told = launcher, self._settings, self._workers_per_job, self._timeout
+        self._events = client.subscribe(hub, ("events", self._fleet, told))
+        self._events.stream._sock.setblocking(False)
+
+    def signal(self, worker: int, number: int, group: bool) -> None:
+        self._post("signal", worker, int(number), group)
+
+    def probe(self, worker: int) -> None:
+        self._post("probe", worker)
+
+    def recall(self, worker: int, number: int) -> None:
+        self._post("recall", worker, number)
+
+    def _post(self, op: str, *args: object) -> None:
+        if self._hub is not None and self._events is not None:
+            try:
+                client.post(self._hub, (op, self._fleet, args))
+            except HubLost:
+                if op == "launch":
+                    raise  # else poll() sees it
+
+    def peek(self, worker: int) -> Cell | None:
+        return self._cells.get(worker)
+
+    def wakeup(self) -> float | None:
+        return None
+
+    def fds(self) -> Sequence[int]:
+        return () if self._events is None else (self._events.stream.fileno(),)
+
+    def poll(self) -> list[JobEvent]:
+        if self._events is not None:
+            try:
+                while True:
+                    for _, body, _ in self._events.stream.receive():
+                        self._take(*messages.decode(body))
+            except BlockingIOError:
+                pass
+            except (OSError, EOFError, ProtocolError) as error:
+                self._hub_gone(error)
+        found, self._found = self._found, []
+        return found
+
+    def _take(self, verb: str, *args: Any) -> None:
+        if verb == "output":
+            _write(*args)
+            return
+        worker, *rest = args
+        if worker not in self._workers:
+            return
+        if verb == "started":
+            pid, host, job, _, _, _, _, size, devices = rest
+            assert self._hub is not None
+            try:
+                connection = client.attach(self._hub, ("attach", self._fleet, (worker,)))
+            except OSError:
+                return  # the hub's end is about to be read
+            self._workers[worker] = True
+            pool = Pool(job, self._narrowed(Resources(*size)), tuple(devices))
+            self._found.append(Started(worker, pid, host, connection, pool, job))
+        elif verb == "refused":
+            self._refuse(worker, LaunchError(rest[0], final=rest[1]), rest[1])
+        elif verb == "ended":
+            del self._workers[worker]
+            self._cells.pop(worker, None)
+            self._found.append(Ended(worker, Exit(*rest[0]), rest[1]))
+        elif verb == "probed":
+            self._cells[worker] = cell = Cell(*rest[0])
+            self._found.append(Probed(worker, cell))
+        elif verb == "recalled":
+            self._found.append(Recalled(worker, *rest))
+
+    def _narrowed(self, size: Resources) -> Resources:
+        """What a job has, or was asked for."""
+        asked = self.largest.capacity
+        return Resources(min(size.cpu, asked.cpu), min(size.memory, asked.memory), min(size.gpu, asked.gpu))
+
+    def _refuse(self, worker: int, error: BaseException, final: bool) -> None:
+        if self._workers.pop(worker, None) is not None:
+            self._found.append(Refused(worker, error, final))
+
+    def _hub_gone(self, error: BaseException) -> None:
+        """Nothing can be had any more, and what runs cannot be heard of."""
+        self._lost = HubLost(f"the hub of this program has gone, and with it the way to all workers ({error!r}); start it again")
+        self._close_events()
+        for worker, started in list(self._workers.items()):
+            if started:
+                self._found.append(Ended(worker, Exit(None, "the hub died", infrastructure=True)))
+                del self._workers[worker]
+            else:
+                self._refuse(worker, self._lost, True)
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def close(self) -> None:
+        if self._events is None or self._hub is None:
+            return
+        try:
+            pending = client.Pending(self._hub, ("close", self._fleet, ()))
+            ready = select.poll()
+            ready.register(pending.fileno(), select.POLLIN)
+            if ready.poll(1000 * _CLOSE_TIMEOUT):
+                pending.result()
+            else:
+                pending.cancel()
+            self.poll()  # what workers have printed
+            client.post(self._hub, ("drop", HUB, (self._fleet,)))
+        except OSError:
+            pass  # the hub has gone, and the launcher ends the jobs
+        self._close_events()
+
+    def forked(self) -> None:
+        self._close_events()
+        self._hub = None
+
+
+def _write(fd: int, data: bytes) -> None:
+    """What a worker has printed, where this process prints."""
+    stream = sys.stdout if fd == 1 else sys.stderr
+    try:
+        stream.write(data.decode(errors="replace"))
+        stream.flush()
+    except Exception:
+        pass  # it is closed, or something else
+
+
+def plain(settings: _config.Settings) -> tuple[str, dict[str, Any]]:
+    """Settings as they travel: a backend's name, and plain values. Raises ConfigError for options that are none."""
+    values = settings._asdict()
+    values.update(env=dict(settings.env), backend_options=dict(settings.backend_options), ship=list(settings.ship))
+    for name in ("sources", "idle_timeout"):
+        del values[name]
+    import json
+
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"backend_options must consist of plain values (str, numbers, lists, dicts): {error}") from None
+    return settings.backend, values
+
+
+def restored(told: Sequence[Any]) -> tuple[str, _config.Settings]:
+    """What plain() was told."""
+    name, values = told
+    return name, _config.Settings(**{**values, "ship": tuple(values["ship"])})
