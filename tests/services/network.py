@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .base import ServiceError, install, locked, need_root, run, succeeds
+from .base import STATE, ServiceError, install, locked, need_root, run, succeeds
 
 DRIVER = "driver"
 _SWITCH = "fxswitch"
 _PORT = "fx0"  # how each host calls its own end of the cable
 _NAMESPACES = Path("/run/netns")
+_OURS = STATE / "netns.ours"  # says that the hosts were made by calls that have the same folder
 
 
 def hosts() -> list[str]:
@@ -41,6 +42,7 @@ def up(number: int = 3) -> None:
         if not hosts():
             _remove()  # what a call that was killed has left
             run("ip", "netns", "add", _SWITCH)
+            _OURS.touch()
             run("ip", "-n", _SWITCH, "link", "add", "switch", "type", "bridge")
             run("ip", "-n", _SWITCH, "link", "set", "switch", "up")
             _plug(DRIVER)
@@ -61,11 +63,12 @@ def _plug(host: str) -> None:
 
 
 def down() -> None:
-    """Remove the hosts. A program that still runs on one goes on without a network."""
-    if (_NAMESPACES / _SWITCH).exists():
+    """Remove the hosts that `up` made. A program that still runs on one goes on without a network."""
+    if _OURS.exists():
         need_root("removing network namespaces")
         with locked("netns"):
             _remove()
+            _OURS.unlink()
 
 
 def _remove() -> None:
