@@ -168,6 +168,16 @@ def test_what_is_compiled_for_this_host_stays(src: Path) -> None:
         assert "compiled" in said and ".so" in said and "Dockerfile" in said
 
 
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("odd metadata")])
+def test_whatever_goes_wrong_the_worker_gets_an_answer(src: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    put(src, {"vanishing_mod.py": ""})
+    monkeypatch.setattr(_modules, "collect", fail)
+    assert str(error) in reason(bundle("vanishing_mod"))
+
+
 def test_what_is_in_an_archive_stays_and_the_answer_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "app.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -376,12 +386,12 @@ def test_a_worker_imports_modules_packages_and_data_of_the_driver(src: Path, tmp
         """
         import big_pkg.sub.deep, pkgutil
         print(big_pkg.deep.helper_mod.value, pkgutil.get_data("big_pkg", "table.csv").decode())
-        print(len(seconds), all(s > 0 for s in seconds), sum(p.startswith(answers) for p in sys.path))
+        print(len(seconds), seconds[::2], all(s > 0 for s in seconds[1::2]), sum(p.startswith(answers) for p in sys.path))
         """,
         "big_pkg",
         "helper_mod",
     )
-    assert done.stdout == "42 1,2\n2 True 2\n", done.stderr
+    assert done.stdout == "42 1,2\n4 [None, None] True 2\n", done.stderr
     assert asked(tmp_path) == ["big_pkg", "helper_mod"]
 
 
@@ -541,7 +551,7 @@ def test_a_failure_to_ask_is_an_import_error_and_is_tried_again(src: Path, tmp_p
         """,
         "shaky_mod",
     )
-    assert done.stdout == "shaky_mod True ZeroDivisionError\n8 2\n", done.stderr
+    assert done.stdout == "shaky_mod True ZeroDivisionError\n8 4\n", done.stderr
 
 
 def test_what_asking_itself_imports_is_not_asked_for(tmp_path: Path) -> None:

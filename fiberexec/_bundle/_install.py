@@ -24,7 +24,7 @@ _LIMIT = 256 * 2**20  # bytes of one archive, unpacked; what the driver sends is
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
-def install(ask: Ask, folder: str, *, image: str = "", excuse: Callable[[float], None] | None = None) -> Finder:
+def install(ask: Ask, folder: str, *, image: str = "", excuse: Callable[[float | None], None] | None = None) -> Finder:
     """Let this process import what its driver has and its host has not. A later call replaces an earlier one's.
 
     Parameters
@@ -37,7 +37,8 @@ def install(ask: Ask, folder: str, *, image: str = "", excuse: Callable[[float],
     image:
         What the worker runs in, for messages; by default the variable ``FIBEREXEC_IMAGE``.
     excuse:
-        Gets the seconds that each request took: they are not the task's.
+        Called in the importing thread, with None as a request begins and with the seconds that it took as it ends:
+        they are not the task's.
     """
     finder = Finder(ask, folder, image, excuse)
     sys.meta_path[:] = [*(one for one in sys.meta_path if not isinstance(one, Finder)), finder]
@@ -47,7 +48,7 @@ def install(ask: Ask, folder: str, *, image: str = "", excuse: Callable[[float],
 class Finder:
     """A finder as `sys.meta_path` wants it."""
 
-    def __init__(self, ask: Ask, folder: str, image: str = "", excuse: Callable[[float], None] | None = None) -> None:
+    def __init__(self, ask: Ask, folder: str, image: str = "", excuse: Callable[[float | None], None] | None = None) -> None:
         self._ask = ask
         self._folder = os.path.abspath(folder)
         self._image = image
@@ -82,6 +83,8 @@ class Finder:
             return None
         begun = monotonic()
         self._asking.add(thread)
+        if self._excuse is not None:
+            self._excuse(None)
         try:
             self._fetch(top)
         except Exception as error:

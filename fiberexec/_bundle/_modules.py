@@ -39,41 +39,47 @@ def bundle(name: str) -> tuple[str, bytes] | None:
 
     The archive has the files of the package, data included, and the metadata of its editable install, so that
     `importlib.metadata` knows it. If the driver has the module and does not send it, the digest is "" and the bytes say
-    what to do about it, in words. None: the driver has no such module, or it is part of Python.
+    what to do about it, in words. None: the driver has no such module, or it is part of Python. Never raises.
     """
+    try:
+        return _bundle(name)
+    except Unfit as error:
+        return "", f"{error}. Put it into the image, with lines like these in its Dockerfile:\n{_COPY}".encode()
+    except Exception as error:
+        return "", f"the driver failed to find or to read it: {error!r}".encode(errors="replace")
+
+
+_COPY = "    COPY . /src\n    RUN pip install /src"
+
+
+def _bundle(name: str) -> tuple[str, bytes] | None:
     if not name.isidentifier() or name in ("__main__", "__mp_main__"):
         return None
     spec = _find(name)
     if spec is None:
         return None
     files: Files = {}
-    try:
-        if isinstance(spec.loader, zipimport.zipimporter):
-            raise Unfit(f"the driver has it in an archive, {spec.origin}")
-        if spec.origin is None or not spec.has_location:
-            folders = [folder for folder in spec.submodule_search_locations or () if os.path.isdir(folder)]
-            for folder in folders:
-                if not is_installed(folder):
-                    _collect_namespace(folder, name, files)
-            if not files:
-                return _installed_hint(name) if any(map(is_installed, folders)) else None
-        elif not os.path.isfile(spec.origin):
-            return None
-        elif is_installed(spec.origin):
-            return _installed_hint(name)
-        elif spec.submodule_search_locations is None:
-            collect(spec.origin, name + _suffix(spec.origin, name), files, [])
-        else:
-            collect(os.path.dirname(spec.origin), name, files, [])
-        compiled = [path for path, _ in files.values() if path.endswith(_COMPILED)]
-        if compiled:
-            raise Unfit(f"the driver's is compiled for its own host ({', '.join(compiled[:3])})")
-        return pack(name, files, _metadata(next(iter(files.values()))[0]) if files else {}, strict=False)
-    except Unfit as error:
-        return "", f"{error}. Put it into the image, with lines like these in its Dockerfile:\n{_COPY}".encode()
-
-
-_COPY = "    COPY . /src\n    RUN pip install /src"
+    if isinstance(spec.loader, zipimport.zipimporter):
+        raise Unfit(f"the driver has it in an archive, {spec.origin}")
+    if spec.origin is None or not spec.has_location:
+        folders = [folder for folder in spec.submodule_search_locations or () if os.path.isdir(folder)]
+        for folder in folders:
+            if not is_installed(folder):
+                _collect_namespace(folder, name, files)
+        if not files:
+            return _installed_hint(name) if any(map(is_installed, folders)) else None
+    elif not os.path.isfile(spec.origin):
+        return None
+    elif is_installed(spec.origin):
+        return _installed_hint(name)
+    elif spec.submodule_search_locations is None:
+        collect(spec.origin, name + _suffix(spec.origin, name), files, [])
+    else:
+        collect(os.path.dirname(spec.origin), name, files, [])
+    compiled = [path for path, _ in files.values() if path.endswith(_COMPILED)]
+    if compiled:
+        raise Unfit(f"the driver's is compiled for its own host ({', '.join(compiled[:3])})")
+    return pack(name, files, _metadata(spec.origin or next(iter(files.values()))[0]), strict=False)
 
 
 def _find(name: str) -> ModuleSpec | None:
