@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import pytest
-
 from . import network, registry
 
 _HERE = Path(__file__).resolve().parent
@@ -103,6 +101,8 @@ def _services(*arguments: str) -> str:
     """Run the command line of this folder; what it printed."""
     done = subprocess.run([sys.executable, str(_HERE), *arguments], capture_output=True, text=True, timeout=600)
     if done.returncode:
+        import pytest  # the command line works without it
+
         pytest.fail(done.stderr.strip(), pytrace=False)
     return done.stdout.strip()
 
@@ -113,6 +113,8 @@ def _command(*arguments: str) -> str:
 
 def _missing(what: str, remedy: str) -> NoReturn:
     text = f"{what}; start it by: {remedy}" if "services" in remedy else f"{what}; try: {remedy}"
+    import pytest
+
     if _REQUIRED:
         pytest.fail(f"{text} (it must not be missing here: TEST_SERVICES_REQUIRED is set)", pytrace=False)
     pytest.skip(text)
