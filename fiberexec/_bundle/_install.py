@@ -24,7 +24,14 @@ _LIMIT = 256 * 2**20  # bytes of one archive, unpacked; what the driver sends is
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
-def install(ask: Ask, folder: str, *, image: str = "", excuse: Callable[[float | None], None] | None = None) -> Finder:
+def install(
+    ask: Ask,
+    folder: str,
+    *,
+    image: str = "",
+    begin: Callable[[], None] | None = None,
+    excuse: Callable[[float], None] | None = None,
+) -> Finder:
     """Let this process import what its driver has and its host has not. A later call replaces an earlier one's.
 
     Parameters
@@ -36,11 +43,11 @@ def install(ask: Ask, folder: str, *, image: str = "", excuse: Callable[[float |
         Where code is unpacked, into one folder for each digest; all workers of the job share it.
     image:
         What the worker runs in, for messages; by default the variable ``FIBEREXEC_IMAGE``.
-    excuse:
-        Called in the importing thread, with None as a request begins and with the seconds that it took as it ends:
-        they are not the task's.
+    begin, excuse:
+        Called in the importing thread as a request begins, and with the seconds that it took as it ends: they are not
+        the task's.
     """
-    finder = Finder(ask, folder, image, excuse)
+    finder = Finder(ask, folder, image, begin, excuse)
     sys.meta_path[:] = [*(one for one in sys.meta_path if not isinstance(one, Finder)), finder]
     return finder
 
@@ -48,10 +55,18 @@ def install(ask: Ask, folder: str, *, image: str = "", excuse: Callable[[float |
 class Finder:
     """A finder as `sys.meta_path` wants it."""
 
-    def __init__(self, ask: Ask, folder: str, image: str = "", excuse: Callable[[float | None], None] | None = None) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        folder: str,
+        image: str,
+        begin: Callable[[], None] | None,
+        excuse: Callable[[float], None] | None,
+    ) -> None:
         self._ask = ask
         self._folder = os.path.abspath(folder)
         self._image = image
+        self._begin = begin
         self._excuse = excuse
         self._places: dict[str, str] = {}  # by top-level module: the folder that it was unpacked into
         self._missing: dict[str, str] = {}  # by top-level module: what the driver said about it
@@ -83,8 +98,8 @@ class Finder:
             return None
         begun = monotonic()
         self._asking.add(thread)
-        if self._excuse is not None:
-            self._excuse(None)
+        if self._begin is not None:
+            self._begin()
         try:
             self._fetch(top)
         except Exception as error:
