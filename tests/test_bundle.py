@@ -350,7 +350,8 @@ def ask(name):
     with open(os.path.join(answers, name + ".data"), "rb") as file:
         return digest, file.read()
 heavy = {"zipfile", "hashlib", "shutil", "tempfile", "inspect", "typing", "logging"} & set(sys.modules)
-finder = install(ask, os.path.join(answers, "code"), image="registry/image:1", begin=lambda: seconds.append(None), excuse=seconds.append)
+folder = os.path.join(answers, "code")
+finder = install(ask, folder, image="registry/image:1", begin=lambda: seconds.append(None), excuse=seconds.append)
 """
 
 
