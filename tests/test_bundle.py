@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import io
 import json
 import os
@@ -270,6 +271,30 @@ def test_an_editable_install_through_a_finder_goes(src: Path, tmp_path: Path, mo
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path, EditableFinder])
     assert sorted(names(bundle("found_pkg"))) == ["found_pkg/__init__.py", "found_pkg/m.py"]
     assert bundle("no_such_module_here") is None
+
+
+def test_an_editable_install_of_a_part_of_a_namespace_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, {"real/part/__init__.py": "", "real/part/m.py": "x = 5", "real/loose.py": ""})
+    finder_module = type(sys)("__editable___some_finder")  # as setuptools makes one
+    vars(finder_module)["MAPPING"] = {
+        "found_ns.part": str(tmp_path / "real" / "part"),
+        "found_ns.loose": str(tmp_path / "real" / "loose"),
+        "found_ns_other": str(tmp_path / "real"),
+    }
+    monkeypatch.setitem(sys.modules, finder_module.__name__, finder_module)
+
+    class EditableFinder:
+        @classmethod
+        def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+            if fullname != "found_ns":
+                return None
+            spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = ["__editable__.some.finder.__path_hook__"]
+            return spec
+
+    EditableFinder.__module__ = finder_module.__name__
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, EditableFinder])
+    assert sorted(names(bundle("found_ns"))) == ["found_ns/loose.py", "found_ns/part/__init__.py", "found_ns/part/m.py"]
 
 
 # -- ship

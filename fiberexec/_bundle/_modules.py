@@ -66,6 +66,7 @@ def _bundle(name: str) -> tuple[str, bytes] | None:
         for folder in folders:
             if not is_installed(folder):
                 _collect_namespace(folder, name, files)
+        _collect_mapped(name, files)
         if not files:
             return _installed_hint(name) if any(map(is_installed, folders)) else None
     elif not os.path.isfile(spec.origin):
@@ -76,6 +77,7 @@ def _bundle(name: str) -> tuple[str, bytes] | None:
         collect(spec.origin, name + _suffix(spec.origin, name), files, [])
     else:
         collect(os.path.dirname(spec.origin), name, files, [])
+        _collect_mapped(name, files)
     compiled = [path for path, _ in files.values() if path.endswith(_COMPILED)]
     if compiled:
         raise Unfit(f"the driver's is compiled for its own host ({', '.join(compiled[:3])})")
@@ -128,6 +130,21 @@ def _collect_namespace(folder: str, name: str, files: Files) -> None:
             for entry in entries:
                 if entry.name.isidentifier() and entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, f"{name}/{entry.name}", depth + 1))
+
+
+def _collect_mapped(name: str, files: Files) -> None:
+    """The parts of a package that setuptools' editable installs have elsewhere: nothing but their tables tells where."""
+    for finder in tuple(sys.meta_path):
+        mapping = getattr(sys.modules.get(getattr(finder, "__module__", "")), "MAPPING", None)
+        if not isinstance(mapping, dict):
+            continue
+        for module, path in mapping.items():
+            if module.startswith(f"{name}."):
+                place = module.replace(".", "/")
+                if os.path.isdir(path):
+                    collect(path, place, files, [])
+                elif os.path.isfile(f"{path}.py"):
+                    collect(f"{path}.py", f"{place}.py", files, [])
 
 
 # -- what is known of installed packages -----------------------------------------------------------------------------
