@@ -9,6 +9,7 @@ import mmap
 import os
 import sys
 from _socket import CMSG_SPACE, SCM_RIGHTS, SOL_SOCKET, gethostname, socket, socketpair
+from time import monotonic, sleep
 
 LINUX = sys.platform == "linux" and not os.environ.get("FIBEREXEC_PORTABLE")
 
@@ -111,6 +112,22 @@ def children(pid: int) -> list[int]:
     except OSError:
         pass
     return found
+
+
+def reap(pid: int, seconds: float) -> None:
+    """Wait for the end of a child of this process, and kill it if it takes longer than ``seconds``."""
+    deadline = monotonic() + seconds
+    pause = 0.0001
+    while True:
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return
+        except ChildProcessError:  # somebody else waits for every child, or children are ignored
+            return
+        if monotonic() > deadline:
+            os.kill(pid, 9)  # SIGKILL: the module signal is not cheap
+        sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 def memory_kills() -> int:

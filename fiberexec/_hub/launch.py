@@ -12,19 +12,17 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-import tempfile
 import threading
 from _socket import AF_UNIX, SOCK_STREAM, socket
 from collections.abc import Callable
-from time import monotonic, sleep
 from typing import NamedTuple
 
-from fiberexec import _inherited
+from fiberexec import _inherited, _platform
+from fiberexec._hub import folder
 from fiberexec._hub.wire import TOKEN_SIZE
 
 _BACKLOG = 1024
 _END_TIMEOUT = 5.0  # seconds
-_LONGEST = 100  # bytes of a Unix socket's path, which every system takes
 
 
 class Address(NamedTuple):
@@ -42,6 +40,7 @@ _address: Address | None = None
 _listener: socket | None = None  # in the root, while the hub is reserved and not started
 _pid = 0  # of the hub, in the root
 _lifeline = -1  # the hub ends when its last copy is closed
+_folder_lock = -1  # in the root: nobody else removes the hub's folder
 at_close: list[Callable[[], None]] = []  # called before the hub is ended
 
 
@@ -67,16 +66,13 @@ def adopt(address: Address) -> None:
 
 def reserve() -> Address:
     """Bind the socket of this program's hub, if it has none yet; returns the address."""
-    global _address, _listener
+    global _address, _listener, _folder_lock
     with _lock:
         if _address is None:
             from multiprocessing.util import Finalize
 
-            folder = tempfile.mkdtemp(prefix="fiberexec-hub-")
-            if len(os.fsencode(folder)) > _LONGEST - len("/listener-12345678"):
-                os.rmdir(folder)
-                folder = tempfile.mkdtemp(prefix="fiberexec-hub-", dir="/tmp")
-            path = os.path.join(folder, "hub")
+            where, _folder_lock = folder.make()
+            path = os.path.join(where, folder.SOCKET)
             listener = socket(AF_UNIX, SOCK_STREAM)
             listener.bind(path)
             listener.listen(_BACKLOG)
@@ -138,7 +134,7 @@ def start() -> Address:
 
 def close() -> None:
     """Close what this process has open to hubs, and end the program's if this is the root; the next call starts another."""
-    global _address, _listener, _pid, _lifeline
+    global _address, _listener, _pid, _lifeline, _folder_lock
     with _lock:
         for each in at_close:
             each()
@@ -147,44 +143,31 @@ def close() -> None:
             remove_folder(_address.path)
         if _pid and _address is not None:
             os.close(_lifeline)
-            _reap(_pid)
+            _platform.reap(_pid, _END_TIMEOUT)
             remove_folder(_address.path)  # it was killed, or could not start
+        if _folder_lock >= 0:
+            os.close(_folder_lock)
         _address = _listener = None
-        _pid, _lifeline = 0, -1
+        _pid, _lifeline, _folder_lock = 0, -1, -1
 
 
 def remove_folder(path: str) -> None:
     """Remove the hub's socket and its folder, with what others put there."""
-    import shutil
-
-    shutil.rmtree(os.path.dirname(path), ignore_errors=True)
-
-
-def _reap(pid: int) -> None:
-    deadline = monotonic() + _END_TIMEOUT
-    pause = 0.0005
-    while True:
-        try:
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                return
-        except ChildProcessError:  # somebody else waits for every child, or children are ignored
-            return
-        if monotonic() > deadline:
-            os.kill(pid, 9)
-        sleep(pause)
-        pause = min(2 * pause, 0.05)
+    folder.remove(os.path.dirname(path))
 
 
 def _in_child() -> None:
     """A forked child of the root uses the same hub and is not its root."""
-    global _lock, _listener, _pid, _lifeline
+    global _lock, _listener, _pid, _lifeline, _folder_lock
     _lock = threading.RLock()
     if _listener is not None:
         _listener.close()
         _listener = None
     if _pid:
         os.close(_lifeline)
-    _pid, _lifeline = 0, -1
+    if _folder_lock >= 0:
+        os.close(_folder_lock)  # the parent's stays
+    _pid, _lifeline, _folder_lock = 0, -1, -1
 
 
 os.register_at_fork(after_in_child=_in_child)

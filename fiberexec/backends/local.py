@@ -10,7 +10,7 @@ import sys
 from _socket import SHUT_WR, SO_SNDBUF, SOL_SOCKET, socket
 from collections import deque
 from collections.abc import Sequence
-from time import monotonic, monotonic_ns, sleep
+from time import monotonic, monotonic_ns
 from typing import Any
 
 from fiberexec import _messages as messages
@@ -144,7 +144,7 @@ class LocalBackend:
                 pass
         self._forget_server()
         if server:
-            self._reap(server)
+            _platform.reap(server, _CLOSE_TIMEOUT)
 
     def forked(self) -> None:
         self._forget_server()
@@ -275,20 +275,6 @@ class LocalBackend:
             os.close(self._cells_fd)
         self._control = self._stream = None
         self._cells = memoryview(b"")  # the last reference: unmapped
-
-    def _reap(self, pid: int) -> None:
-        deadline = monotonic() + _CLOSE_TIMEOUT
-        pause = 0.0001
-        while True:
-            try:
-                if os.waitpid(pid, os.WNOHANG)[0]:
-                    return
-            except ChildProcessError:  # somebody else waits for every child, or children are ignored
-                return
-            if monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-            sleep(pause)
-            pause = min(2 * pause, 0.05)
 
     def _tell(self, kind: int, message: object) -> None:
         if self._control is not None:
