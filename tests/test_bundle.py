@@ -376,7 +376,7 @@ def ask(name):
         return digest, file.read()
 heavy = {"zipfile", "hashlib", "shutil", "tempfile", "inspect", "typing", "logging"} & set(sys.modules)
 folder = os.path.join(answers, "code")
-finder = install(ask, folder, image="registry/image:1", begin=lambda: seconds.append(None), excuse=seconds.append)
+finder = install(ask, folder, image="registry/image:1", excuse=seconds.append)
 """
 
 

@@ -29,8 +29,7 @@ def install(
     folder: str,
     *,
     image: str = "",
-    begin: Callable[[], None] | None = None,
-    excuse: Callable[[float], None] | None = None,
+    excuse: Callable[[float | None], None] | None = None,
 ) -> Finder:
     """Let this process import what its driver has and its host has not. A later call replaces an earlier one's.
 
@@ -43,11 +42,11 @@ def install(
         Where code is unpacked, into one folder for each digest; all workers of the job share it.
     image:
         What the worker runs in, for messages; by default the variable ``FIBEREXEC_IMAGE``.
-    begin, excuse:
-        Called in the importing thread as a request begins, and with the seconds that it took as it ends: they are not
-        the task's.
+    excuse:
+        Called in the importing thread, with None as a request begins and with the seconds that it took as it ends:
+        they are not the task's.
     """
-    finder = Finder(ask, folder, image, begin, excuse)
+    finder = Finder(ask, folder, image, excuse)
     sys.meta_path[:] = [*(one for one in sys.meta_path if not isinstance(one, Finder)), finder]
     return finder
 
@@ -60,13 +59,11 @@ class Finder:
         ask: Ask,
         folder: str,
         image: str,
-        begin: Callable[[], None] | None,
-        excuse: Callable[[float], None] | None,
+        excuse: Callable[[float | None], None] | None,
     ) -> None:
         self._ask = ask
         self._folder = os.path.abspath(folder)
         self._image = image
-        self._begin = begin
         self._excuse = excuse
         self._places: dict[str, str] = {}  # by top-level module: the folder that it was unpacked into
         self._missing: dict[str, str] = {}  # by top-level module: what the driver said about it
@@ -98,8 +95,8 @@ class Finder:
             return None
         begun = monotonic()
         self._asking.add(thread)
-        if self._begin is not None:
-            self._begin()
+        if self._excuse is not None:
+            self._excuse(None)
         try:
             self._fetch(top)
         except Exception as error:
