@@ -92,19 +92,27 @@ def call(op: str, id: int, *args: object, buffers: Buffers = (), hub: Address | 
 
 
 def request(
-    hub: Address, message: tuple[str, int, tuple[Any, ...]], buffers: Buffers = (), acknowledge: bool = False
+    hub: Address,
+    message: tuple[str, int, tuple[Any, ...]],
+    buffers: Buffers = (),
+    acknowledge: bool = False,
+    kind: int = REQUEST,
 ) -> tuple[Any, list[Any]]:
     """As call(); returns also the buffers that came back.
 
     ``acknowledge``: say at once that they are here, so that the hub need not keep them until this connection's next call.
+    ``kind``: POST is not answered.
     """
     channel = _take(hub)
+    answer, value = kind, None
+    received: list[Any] = []
     try:
-        _say(channel, REQUEST, message, buffers)
-        kind, body, received = channel.stream.receive_one()
-        value = decode(body)
-        if acknowledge and received:
-            channel.stream.send(POST, encode(("ping", HUB, ())))
+        _say(channel, kind, message, buffers)
+        if kind == REQUEST:
+            answer, body, received = channel.stream.receive_one()
+            value = decode(body)
+            if acknowledge and received:
+                channel.stream.send(POST, encode(("ping", HUB, ())))
     except (OSError, EOFError) as error:
         channel.close()
         _lost(hub, error)
@@ -112,27 +120,23 @@ def request(
         _interrupted[channel] = None
         _take_back()
         raise
-    channel.seen += 1
+    if kind == REQUEST:
+        channel.seen += 1
     _give_back(channel)
+    return _said(answer, value), received
+
+
+def _said(kind: int, value: Any) -> Any:
+    """What an answer is: a value, or an error."""
     if kind == ERROR:
         name, args = value
         raise ERRORS[name](*args)
-    return value, received
+    return value
 
 
 def post(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
     """Tell the hub something that it does not answer. Raises HubLost."""
-    channel = _take(hub)
-    try:
-        _say(channel, POST, message, ())
-    except OSError as error:
-        channel.close()
-        _lost(hub, error)
-    except BaseException:
-        _interrupted[channel] = None
-        _take_back()
-        raise
-    _give_back(channel)
+    request(hub, message, kind=POST)
 
 
 def post_later(hub: Address, message: tuple[str, int, tuple[Any, ...]]) -> None:
@@ -225,9 +229,7 @@ class Pending:
             _lost(channel.hub, error)
         channel.seen += 1
         _give_back(channel)
-        if kind == ERROR:
-            raise ERRORS[value[0]](*value[1])
-        return value
+        return _said(kind, value)
 
     def cancel(self) -> None:
         """Take the call back, whatever has become of it, if it has not ended."""
@@ -262,9 +264,7 @@ class Heir:
         except (OSError, EOFError) as error:
             _lost(self.hub, error)
         self._channel.seen += 1
-        if kind == ERROR:
-            raise ERRORS[value[0]](*value[1])
-        return value
+        return _said(kind, value)
 
     def close(self) -> None:
         self._channel.stream.close()
@@ -342,8 +342,7 @@ def _with_fd(hub: Address, message: tuple[str, int, tuple[Any, ...]], fd: int) -
         _lost(hub, error)
     finally:
         channel.close()
-    if kind == ERROR:
-        raise ERRORS[value[0]](*value[1])
+    _said(kind, value)
     for each in fds:
         os.set_inheritable(each, False)
     return value, fds

@@ -22,7 +22,7 @@ from fiberexec._hub.launch import Address
 from fiberexec._hub.wire import HUB
 from fiberexec._messages import BULK
 from fiberexec._serialize import dumps_pieces, loads, register
-from fiberexec.mp.connection import Connection
+from fiberexec.mp.connection import Connection, room
 
 Ticket = tuple[int, int, int]  # as the hub's
 _sending = threading.local()  # tickets: those that what this thread pickles for a send() has made so far
@@ -81,10 +81,7 @@ class HubConnection(Connection):
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """Wait for one message of bytes. Raises ``EOFError``; ``OSError`` when it is longer than ``maxlength``."""
-        self._check_closed()
-        self._check_readable()
-        if maxlength is not None and maxlength < 0:
-            raise ValueError("negative maxlength")
+        self._check_recv("maxlength", maxlength)
         message = self._recv_plain()
         if maxlength is not None and len(message) > maxlength:
             self._bad_message_length()
@@ -95,17 +92,12 @@ class HubConnection(Connection):
 
         Raises ``EOFError``; ``BufferTooShort``, which carries the message, when it does not fit.
         """
-        self._check_closed()
-        self._check_readable()
-        with memoryview(buf) as view, view.cast("B") as target:
-            if offset < 0:
-                raise ValueError("negative offset")
-            if offset > len(target):
-                raise ValueError("offset too large")
+        self._check_recv("offset", offset)
+        with memoryview(buf) as view, view.cast("B") as whole, room(whole, offset) as target:
             message = self._recv_plain()
-            if len(message) > len(target) - offset:
+            if len(message) > len(target):
                 raise BufferTooShort(bytes(message))
-            target[offset : offset + len(message)] = message
+            target[: len(message)] = message
             return len(message)
 
     def _poll(self, timeout: float | None) -> bool:

@@ -103,6 +103,13 @@ class _Message(io.RawIOBase):
             self.readinto(bytearray(_LARGE))
 
 
+def room(buffer: memoryview, offset: int) -> memoryview:
+    """What is left of a buffer from a place on."""
+    if offset > len(buffer):
+        raise ValueError("offset too large")
+    return buffer[offset:]
+
+
 class Connection(_standard.Connection):
     """One end of a pipe or a socket: ``multiprocessing.connection.Connection``, with fiberexec's pickling.
 
@@ -165,10 +172,7 @@ class Connection(_standard.Connection):
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """Wait for one message of bytes. Raises ``EOFError``; ``OSError`` when it is longer than ``maxlength``."""
-        self._check_closed()
-        self._check_readable()
-        if maxlength is not None and maxlength < 0:
-            raise ValueError("negative maxlength")
+        self._check_recv("maxlength", maxlength)
         size = self._recv_bytes_size()
         if maxlength is not None and size > maxlength:
             self._bad_message_length()
@@ -179,21 +183,22 @@ class Connection(_standard.Connection):
 
         Raises ``EOFError``; ``BufferTooShort``, which carries the message, when it does not fit.
         """
-        self._check_closed()
-        self._check_readable()
-        with memoryview(buf) as view, view.cast("B") as target:
-            if offset < 0:
-                raise ValueError("negative offset")
-            if offset > len(target):
-                raise ValueError("offset too large")
+        self._check_recv("offset", offset)
+        with memoryview(buf) as view, view.cast("B") as whole, room(whole, offset) as target:
             size = self._recv_bytes_size()
-            if size > len(target) - offset:
+            if size > len(target):
                 raise BufferTooShort(self._recv_exactly(size))
             message = _Message(self._handle, size)
-            end = offset + size
-            while offset < end:
-                offset += message.readinto(target[offset:end])
+            start = 0
+            while start < size:
+                start += message.readinto(target[start:size])
             return size
+
+    def _check_recv(self, name: str, number: int | None) -> None:
+        self._check_closed()
+        self._check_readable()
+        if number is not None and number < 0:
+            raise ValueError(f"negative {name}")
 
     def _recv_size(self) -> int:
         """Wait for a message: its length in bytes."""
