@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 RUNNING, STARTED, CLAIMED, RECALLED = range(4)  # item's number | monotonic ns | last item claimed | last item recalled
 
 FLUSH = 0.003  # seconds that a result may wait for company
+SHIPPING = 5_000_000_000  # nanoseconds beyond its time limit that a task may wait for code
 SLICE = 2048  # items at most, and
 SLICE_SECONDS = 0.001  # seconds about, that run between two looks at the clock
 
@@ -67,6 +68,7 @@ class Worker:
         self._is_child = False
         self._slice: _Slice | None = None
         self._log_levels: dict[str, int] = {}
+        self._began = 0  # when the running item started, while it waits for code
         self.unit: tuple[Any, ...] | None = None  # the unit that is being run
 
     def fileno(self) -> int:
@@ -163,9 +165,14 @@ class Worker:
 
         _bundle.install(ask, os.path.join(os.environ["FIBEREXEC_JOB"], "code"), excuse=self._excuse)
 
-    def _excuse(self, seconds: float) -> None:
-        """A task has waited for its code: that is not its own time."""
-        self._cell[STARTED] += int(seconds * 1e9)
+    def _excuse(self, seconds: float | None) -> None:
+        """A task waits for its code (None), or has waited so long: that is not its own time."""
+        cell = self._cell
+        if seconds is None:
+            self._began = cell[STARTED]
+            cell[STARTED] = monotonic_ns() + SHIPPING
+        else:
+            cell[STARTED] = self._began + int(seconds * 1e9)
 
     def _leave(self) -> None:
         """What a process does when it ends in order: other threads, then functions registered by tasks."""
