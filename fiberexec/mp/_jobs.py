@@ -25,7 +25,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import util
-from typing import Any, NamedTuple
+from typing import Any
 
 from fiberexec import _config
 from fiberexec import _messages as messages
@@ -37,59 +37,12 @@ from fiberexec._stream import Buffer, Stream
 from fiberexec._waker import Waker
 from fiberexec.backends import registry
 from fiberexec.backends.base import Backend, Ended, Exit, Refused, Resources, Started
+from fiberexec.mp._job import Job, Size, Task, guarded
 
 MAX_PROCESSES = 4096  # at once, of one size
 # What a backend that forks may load once for all processes.
 PRELOAD = ("fiberexec.mp._child", "fiberexec._serialize._functions")
 preload: tuple[str, ...] = ()  # and what the user names
-Task = Callable[[str | None], tuple[bytes, list[Buffer]]]  # the TASKS frame, given the devices that the job has
-
-
-class Size(NamedTuple):
-    """Where a job runs, and what it has there; None: the settings say it. ``memory`` is in bytes."""
-
-    backend: str | None = None
-    cpu: float | None = None
-    memory: int | None = None
-    gpu: int | None = None
-
-
-class Job:
-    """One process. The jobs thread writes everything, and nothing again after ``exit``."""
-
-    def __init__(self, size: Size) -> None:
-        self.size = size
-        self.backend: Backend  # this, setup and task from Jobs.start() on
-        self.setup: tuple[bytes, list[Buffer]]  # the SETUP frame
-        self.task: Task | None = None  # until it is sent
-        self.number = 0  # the worker's, among all processes
-        self.connection: Connection | None = None  # while it runs
-        self.launched = threading.Event()  # or refused, or ended
-        self.ready = False
-        self.waiting: list[int] = []  # signals, until it is ready
-        self.interrupted = False
-        self.given_up = 0  # the signal that ended it before it had started
-        self.pid: int | None = None
-        self.host = ""
-        self.id = ""  # the backend's name of the job
-        self.devices: tuple[str, ...] = ()
-        self.exit: Exit | None = None
-        self.error: BaseException | None = None  # why it was not launched
-        self.at_end: list[Callable[[], None]] = []  # called by the jobs thread when the process has ended
-        self.sentinel, self._end = os.pipe()
-
-    def finish(self, exit: Exit) -> None:
-        """The process has ended, or will never start."""
-        self.exit = exit
-        self.task = None
-        try:
-            os.write(self._end, b"x")  # closing would not do: a forked child may have a copy
-        except OSError:
-            pass  # nobody waits
-        os.close(self._end)
-        self.launched.set()
-        for call in self.at_end:
-            _guarded(call)
 
 
 class Jobs:
@@ -290,7 +243,7 @@ class Jobs:
         assert connection is not None
         events, records, ended = connection.receive(reads)
         for record in records:
-            _guarded(partial(logging.getLogger(record.name).handle, record))
+            guarded(partial(_log, record))
         for event in events:
             if isinstance(event, ev.WorkerReady) and job.task is not None:
                 self._ready(job, event.error)
@@ -314,6 +267,7 @@ class Jobs:
 
     def _watch(self, file: int | Stream, what: Job | str) -> None:
         self._unwatch(file)  # another with its number, which somebody else has closed
+        self._watched.pop(file if isinstance(file, int) else file.fileno(), None)
         self._selector.register(file, selectors.EVENT_READ, what)
 
     def _unwatch(self, file: int | Stream) -> None:
@@ -343,13 +297,20 @@ def _make(size: Size) -> Backend:
     )
     backend = registry.create(settings.backend, settings, MAX_PROCESSES)
     hints: dict[str, object] = {"preload": (*PRELOAD, *preload)}  # not every backend has a use for them
+    folder = os.path.dirname(_hub.address().path)
     if _hub.fileno() >= 0:  # until the hub runs nobody else would do it if this process were killed
-        hints["remove_at_end"] = os.path.dirname(_hub.address().path)
+        hints["remove_at_end"] = folder
     for name, value in hints.items():
         take = getattr(backend, name, None)
         if take is not None:
             take(value)
     return backend
+
+
+def _log(record: logging.LogRecord) -> None:
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
 
 
 def _start_hub() -> None:
@@ -358,14 +319,6 @@ def _start_hub() -> None:
         _hub.start()
     except OSError:
         _hub.close()  # who waits for it hears that
-
-
-def _guarded(call: Callable[[], object]) -> None:
-    """Call what belongs to others: its exceptions must not end the thread."""
-    try:
-        call()
-    except Exception:
-        sys.excepthook(*sys.exc_info())
 
 
 _jobs: Jobs | None = None

@@ -17,7 +17,7 @@ from fiberexec._output import log_levels
 from fiberexec._serialize import dumps, dumps_call
 from fiberexec._stream import Buffer
 from fiberexec.backends.base import Exit
-from fiberexec.mp import _child, _jobs
+from fiberexec.mp import _child, _job, _jobs
 from fiberexec.mp.context import standard, util
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ class Popen:
 
     method = "fiberexec"
 
-    def __init__(self, process_obj: Process, size: _jobs.Size, method: str | None) -> None:
+    def __init__(self, process_obj: Process, size: _job.Size, method: str | None) -> None:
         util._flush_std_streams()
         self.returncode: int | None = None
-        self._job = job = _jobs.Job(size)
+        self._job = job = _job.Job(size)
         self.at_end = job.at_end  # for what is pickled for this process alone
         self.sentinel = job.sentinel
         self._finalizer = util.Finalize(self, os.close, (job.sentinel,))
@@ -62,7 +62,7 @@ class Popen:
         return data, *buffers
 
     @property
-    def job(self) -> _jobs.Job:
+    def job(self) -> _job.Job:
         """The job, once it is known whether it runs."""
         self._job.launched.wait()
         return self._job

@@ -49,11 +49,11 @@ class Process(BaseProcess):
         self._job_size: tuple[Any, ...] = tuple(default if value is None else value for value, default in zip(asked, given))
 
     def _Popen(self, process_obj: Process) -> Popen:
-        from fiberexec.mp import _jobs, _popen
+        from fiberexec.mp import _job, _popen
         from fiberexec.mp.context import backend_of, default_context
 
         method = self._context_name or default_context.get_context()._name
-        return _popen.Popen(self, _jobs.Size(backend_of(method), *self._job_size), method)
+        return _popen.Popen(self, _job.Size(backend_of(method), *self._job_size), method)
 
     @staticmethod
     def _after_fork() -> None:

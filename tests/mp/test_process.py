@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import selectors
 import signal
 import subprocess
 import sys
@@ -903,6 +904,33 @@ def test_the_loggers_level_and_what_is_logged_travel(caplog: pytest.LogCaptureFi
     finally:
         logger.setLevel(before)
     assert any("from the child" in record.getMessage() for record in caplog.records)
+
+
+def test_what_a_child_logs_below_this_programs_level_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    def target() -> None:
+        logger = logging.getLogger("talkative")
+        logger.setLevel(logging.DEBUG)
+        logger.debug("not for you")
+        logger.warning("for you")
+
+    assert run(target).exitcode == 0
+    said = [record.getMessage() for record in caplog.records if record.name == "talkative"]
+    assert len(said) == 1 and said[0].endswith(" for you")
+
+
+def test_a_number_of_the_hubs_listener_that_a_process_gets_is_the_processs() -> None:
+    """Another thread starts the hub and closes the listener between two looks of the thread that watches it."""
+    jobs: Any = _jobs.Jobs()
+    jobs._selector = selectors.PollSelector()
+    fd, other = os.pipe()
+    jobs._watch(fd, "hub")
+    jobs._watched = {fd: "hub"}
+    jobs._watch(fd, "the process")
+    jobs._follow()
+    assert jobs._selector.get_key(fd).data == "the process"
+    jobs._selector.close()
+    os.close(fd)
+    os.close(other)
 
 
 def test_a_child_may_be_the_first_to_use_a_shared_object() -> None:
