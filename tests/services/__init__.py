@@ -1,7 +1,7 @@
 """Real services for tests: `from services import require_docker, worker_image`.
 
 A test asks for what it needs. Where that does not run, the test is skipped with the command that starts it; where
-TEST_SERVICES_REQUIRED is set, as in CI, it fails. Nothing is started by a test; images are built when one first asks.
+TEST_SERVICES_REQUIRED names it, as in CI, the test fails. Nothing is started by a test; images are built when one first asks.
 """
 
 from __future__ import annotations
@@ -16,38 +16,54 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from . import network, registry
+from . import cluster, network, registry
 
 _HERE = Path(__file__).resolve().parent
 _PROJECT = _HERE.parent.parent
 # What is missing is settled by what was set when the tests began.
-_REQUIRED = bool(os.environ.get("TEST_SERVICES_REQUIRED"))
+_REQUIRED = os.environ.get("TEST_SERVICES_REQUIRED", "").split()
 
 
 def require_docker() -> None:
     """The test needs a Docker engine and Docker's SDK for Python."""
-    if importlib.util.find_spec("docker") is None:
-        _missing("Docker's SDK for Python is not installed", "pip install docker")
+    if not _installed("docker"):
+        _missing("docker", "Docker's SDK for Python is not installed", "pip install docker")
     problem = _engine_problem(os.environ.get("DOCKER_HOST"))
     if problem:
-        _missing(f"no Docker engine answers: {problem}", _command("docker", "up"))
+        _missing("docker", f"no Docker engine answers: {problem}", _command("docker", "up"))
 
 
 def require_registry() -> str:
     """The test needs an image registry; its address, which is the first part of the names of its images."""
     require_docker()
     if not registry.answers():
-        _missing(f"no registry answers at {registry.ADDRESS}", _command("registry", "up"))
+        _missing("registry", f"no registry answers at {registry.ADDRESS}", _command("registry", "up"))
     return registry.ADDRESS
 
 
 def require_netns(number: int = 2) -> list[str]:
     """The test needs that many hosts fx1, fx2, ... and to change their links, which is root's; their names."""
     if os.geteuid() != 0:
-        _missing("only root may use network namespaces", "sudo pytest")
+        _missing("netns", "only root may use network namespaces", "sudo pytest")
     if len(network.hosts()) < number:
-        _missing(f"the hosts fx1 to fx{number} are not up", _command("netns", "up", str(max(3, number))))
+        _missing("netns", f"the hosts fx1 to fx{number} are not up", _command("netns", "up", str(max(3, number))))
     return network.hosts()[:number]
+
+
+def require_kubernetes() -> str:
+    """The test needs a Kubernetes cluster, and its SDK for Python; the path of the cluster's kubeconfig."""
+    if not _installed("kubernetes"):
+        _missing("kubernetes", "Kubernetes' SDK for Python is not installed", "pip install kubernetes")
+    if not cluster.answers():
+        _missing("kubernetes", "no Kubernetes cluster answers", _command("kubernetes", "up"))
+    return str(cluster.KUBECONFIG)
+
+
+@functools.cache
+def cluster_image(image: str) -> str:
+    """Give an image of the Docker engine to the cluster, where it needs no pulling; its name."""
+    _services("kubernetes", "load", image)
+    return image
 
 
 @functools.cache
@@ -111,10 +127,16 @@ def _command(*arguments: str) -> str:
     return " ".join(("sudo python3", os.path.relpath(_HERE, _PROJECT), *arguments))
 
 
-def _missing(what: str, remedy: str) -> NoReturn:
+def _installed(package: str) -> bool:
+    """Whether that package is there; a folder of tests of the same name is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _missing(service: str, what: str, remedy: str) -> NoReturn:
     text = f"{what}; start it by: {remedy}" if "services" in remedy else f"{what}; try: {remedy}"
     import pytest
 
-    if _REQUIRED:
-        pytest.fail(f"{text} (it must not be missing here: TEST_SERVICES_REQUIRED is set)", pytrace=False)
+    if service in _REQUIRED:
+        pytest.fail(f"{text} (TEST_SERVICES_REQUIRED says that it must be there)", pytrace=False)
     pytest.skip(text)

@@ -10,7 +10,7 @@ if not __package__:  # run by the path of this folder, as `python3 tests/service
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "services"
 
-from services import engine, images, network, registry
+from services import cluster, engine, images, network, registry
 from services.base import ServiceError
 
 
@@ -41,10 +41,17 @@ def _parser() -> argparse.ArgumentParser:
     netns["up"].add_argument("hosts", type=int, nargs="?", default=3)
     netns["up"].set_defaults(action=lambda given: network.up(given.hosts))
     netns["down"].set_defaults(action=lambda _: network.down())
-    netns["link"].add_argument("what", choices=["drop", "cut", "restore"])
+    netns["link"].add_argument("what", choices=["drop", "cut", "only", "restore"])
     netns["link"].add_argument("host")
     netns["link"].add_argument("other", nargs="?")
     netns["link"].set_defaults(action=lambda given: network.link(given.what, given.host, given.other))
+
+    kubernetes = _family(families, "kubernetes", "a Kubernetes cluster; `up` prints its kubeconfig", "load", "build")
+    kubernetes["up"].set_defaults(action=lambda _: print(cluster.up()))
+    kubernetes["down"].set_defaults(action=lambda _: cluster.down())
+    kubernetes["load"].add_argument("images", nargs="+", metavar="image", help="of the Docker engine")
+    kubernetes["load"].set_defaults(action=lambda given: cluster.load(given.images))
+    kubernetes["build"].set_defaults(action=lambda _: print(cluster.build()))
 
     image = families.add_parser("image", help="an image with Python and requirements")
     image.add_argument("name")

@@ -162,11 +162,9 @@ def _copy_package(package: Path, site: Path, python: Interpreter) -> None:
     for info in package.parent.glob(f"{package.name}-*.dist-info"):  # its version and entry points
         shutil.copytree(info, site / info.name, ignore=ignored)
     # Compiled here once, not in each container. Whatever happens to times on the way, the content stays the same.
-    where = ["-s", site, "-p", python.there(python.site)]
-    succeeds(
-        *(python.path, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", *where, site / package.name),
-        seconds=100,  # a module that cannot be compiled is found by whoever imports it
-    )
+    options = ["-q", "--invalidation-mode", "unchecked-hash", "-s", str(site), "-p", python.there(python.site)]
+    # A module that cannot be compiled is for whoever imports it to find.
+    succeeds(python.path, "-m", "compileall", *options, site / package.name, seconds=100)
 
 
 @contextmanager

@@ -84,10 +84,11 @@ def link(action: str, host: str, other: str | None = None) -> None:
     """Change the network of one host, or between two.
 
     ``drop``: packets of the host, or between the two, vanish without a trace. ``cut``: the host's cable is pulled, which it
-    sees itself. ``restore``: all is as at first.
+    sees itself. ``only``: the host reaches one address of the driver (of its bridge to containers, for instance), given as
+    `other`, and nothing else; nothing reaches the host. ``restore``: all is as at first.
     """
     there = [DRIVER, *hosts()]
-    for name in filter(None, (host, other)):
+    for name in filter(None, (host, None if action == "only" else other)):
         if name not in there:
             raise ServiceError(f"there is no host {name}; there are: {', '.join(there)}")
     need_root("changing the network")
@@ -98,14 +99,19 @@ def link(action: str, host: str, other: str | None = None) -> None:
                     _filter(at, "-A", *_rule(sender))
         elif action == "cut":
             run("ip", "-n", _SWITCH, "link", "set", host, "down")
+        elif action == "only" and host != DRIVER and other:
+            run("ip", "-n", host, "route", "replace", f"{other}/32", "via", address(DRIVER), "proto", "static")
+            _filter(host, "-A", "PREROUTING", "-i", _PORT, "!", "-s", other, "-j", "DROP")
         elif action == "restore":
             run("ip", "-n", _SWITCH, "link", "set", host, "up")
             _clear(host)
+            if host != DRIVER:
+                run("ip", "-n", host, "route", "flush", "proto", "static")
             for far in there:
                 while far != host and _dropped(far, host):
                     _filter(far, "-D", *_rule(host))
         else:
-            raise ServiceError(f"no such action: {action}; there are drop, cut and restore")
+            raise ServiceError(f"no such action: {action}; there are drop, cut, only and restore")
 
 
 # In the table `raw`, which comes first: before connections are tracked, and before anything is forwarded to containers.

@@ -37,9 +37,9 @@ def in_image(image: str, *command: str) -> str:
 # Where something is missing
 
 
-@pytest.mark.parametrize(("required", "outcome"), [(False, pytest.skip.Exception), (True, pytest.fail.Exception)])
+@pytest.mark.parametrize(("required", "outcome"), [([], pytest.skip.Exception), (["docker"], pytest.fail.Exception)])
 def test_a_test_without_its_engine_says_what_is_missing_and_how_to_start_it(
-    required: bool, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    required: list[str], outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("docker")
     monkeypatch.setattr(services, "_REQUIRED", required)
