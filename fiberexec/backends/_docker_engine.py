@@ -1,0 +1,125 @@
+"""The Docker engine: where it is, how it is reached, and the few calls that the SDK leaves half done."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import threading
+from importlib import import_module
+from typing import Any
+from urllib.parse import urlsplit
+
+from fiberexec._errors import LaunchError
+from fiberexec.backends import _docker_errors as errors
+
+_TIMEOUT = 60.0  # seconds that the engine may take for an answer
+_SOCKET = "unix:///var/run/docker.sock"
+_HERE = ("localhost", "127.0.0.1", "::1")
+
+
+class Engine:
+    """The engine that the SDK finds: DOCKER_HOST, else the current context, else the usual socket. Any thread may call."""
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._answered = False  # the engine has, once
+
+    def client(self) -> Any:
+        """The SDK's client. Raises what the SDK raises while no engine answers."""
+        with self._lock:
+            if self._client is None:
+                self._client = import_module("docker").from_env(timeout=_TIMEOUT, max_pool_size=4 * self._at_once)
+                self._answered = True
+            return self._client
+
+    def drop(self) -> None:
+        """Close the client's connections; the next call opens others."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def url(self) -> str:
+        """Where the engine is."""
+        if host := os.environ.get("DOCKER_HOST"):
+            return host
+        try:
+            return str(import_module("docker").ContextAPI.get_current_context().Host or _SOCKET)
+        except Exception:  # of a configuration that the SDK complains about itself, when it is asked for a client
+            return _SOCKET
+
+    def failed(self, error: Exception, doing: str, image: str = "", name: str = "") -> LaunchError:
+        """What an exception means: see _docker_errors."""
+        return errors.explained(error, doing, url=self.url(), image=image, name=name, new=not self._answered)
+
+    def gateway(self, network: str) -> tuple[str, ...]:
+        """The addresses under which containers of a network reach this host. Raises LaunchError."""
+        parts = urlsplit(self.url())
+        if parts.scheme not in ("unix", "npipe") and parts.hostname not in _HERE:
+            raise LaunchError(
+                f"the Docker engine is on another host ({self.url()}), and its containers must reach this one: say under "
+                'which address, backend_options={"advertise_address": ...}',
+                final=True,
+            )
+        if network == "host":
+            return ("127.0.0.1",)
+        try:
+            client = self.client()
+            if client.info().get("OperatingSystem") == "Docker Desktop":
+                return ("127.0.0.1", "host.docker.internal")  # its containers are in a virtual machine, which forwards
+            found = client.api.inspect_network("bridge" if network == "default" else network)
+        except Exception as error:
+            raise self.failed(error, f"looking at network {network!r}") from error
+        for config in (found.get("IPAM") or {}).get("Config") or ():
+            subnet = ipaddress.ip_network(config.get("Subnet") or "::1", strict=False)
+            # Not every engine names the gateway; this host's own address in the network is what counts.
+            towards = str(config.get("Gateway") or subnet[1 % subnet.num_addresses])
+            if subnet.version == 4 and (address := _address_towards(towards)):
+                return (address,)
+        raise LaunchError(
+            f"network {network!r} has no gateway that this host knows: say under which address its containers reach this "
+            'host, backend_options={"advertise_address": ...}',
+            final=True,
+        )
+
+
+def sdk() -> Any:
+    """The SDK's exceptions."""
+    return import_module("docker.errors")
+
+
+def remove(client: Any, container: str) -> None:
+    """Kill and remove a container; nothing to do where it is gone, or going."""
+    try:
+        client.api.remove_container(container, force=True, v=True)
+    except sdk().NotFound:
+        pass
+    except sdk().APIError as error:
+        if error.status_code != 409:  # somebody else removes it just now
+            raise
+
+
+def write(stdin: Any, data: bytes) -> None:
+    """Send all of a container's stdin, and end it."""
+    # TLS and SSH have an object of their own; else it is a file that can only be read, around a socket.
+    channel = stdin if hasattr(stdin, "sendall") else socket.socket(fileno=os.dup(stdin.fileno()))
+    try:
+        channel.sendall(data)
+        channel.shutdown(socket.SHUT_WR)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the container has ended already, and will be reported
+    finally:
+        channel.close()
+
+
+def _address_towards(target: str) -> str:
+    """The address that this host has where it would send to another; its own, if the other is this host. "" for none."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
