@@ -107,15 +107,13 @@ class Images:
         versions = [text.partition("=")[2] for text in config.get("Env") or () if text.startswith("PYTHON_VERSION=")]
         return Image(name, str(about["Id"]), user, folder, versions[0] if versions else "")
 
-    def judge(
-        self, image: Image, job: str, code: int, log: str, memory: bool, lived: float, others: bool
-    ) -> LaunchError | None:
-        """Learn from a container that ended by itself; return why no other can do better, if that is so.
+    def judge(self, image: Image, job: str, code: int, log: str, *, memory: bool, lived: float, others: bool) -> str:
+        """Learn from a container that ended by itself; return why no other can do better, "" if it may.
 
         ``memory``: something in it was killed for want of memory. ``others``: containers of this image have lived longer.
         """
         if not 0 < code < 128 or lived >= 6 * EARLY:
-            return None
+            return ""
         reason = errors.verdict(image.name, log, image.python)
         with self._lock:
             seen = self._early.get(image.id, 0)
@@ -125,7 +123,7 @@ class Images:
                 self._early[image.id] = seen + 1
                 if seen + 1 >= _PROOFS and not reason:
                     reason = f"containers of image {image.name!r} end at once"
-            if not reason:
-                return None
-            text = f"Docker: {reason}. Container {job} ended with exit code {code}{errors.quoted(log)}"
-            return self._verdicts.setdefault(image.id, LaunchError(text, final=True))
+            if reason:
+                text = f"Docker: {reason}. Container {job} ended with exit code {code}{errors.quoted(log)}"
+                self._verdicts.setdefault(image.id, LaunchError(text, final=True))
+        return reason

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fiberexec import _platform
-from fiberexec._errors import FiberError, LaunchError
+from fiberexec._errors import FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
 from fiberexec.backends._docker_engine import Engine, remove, sdk, write
@@ -206,8 +206,8 @@ class DockerBackend:
             if isinstance(item, Connected):
                 doubtful.update({job: item.again for job, known in self._jobs.items() if known.started})
                 doubtful.update(dict.fromkeys(self._leftover, False))
-                for known in self._jobs.values():
-                    known.stirred = True  # start() has those looked at that it is about to hand over
+                for one in self._jobs.values():
+                    one.stirred = True  # start() has those looked at that it is about to hand over
                 return
             known = self._jobs.get(item.job)
             if known is None:
@@ -272,22 +272,20 @@ class DockerBackend:
         if outage and code in _STOPPED and not known.unwanted:
             self._remember(job, "the Docker engine was stopped")
             return Exit(_signed(code), "EngineStopped", log, infrastructure=True)
-        found = self._judge(job, known, code, log, bool(state.get("OOMKilled")))
-        return Exit(_signed(code), "", f"{log}{found}\n" if found else log)
+        reason = self._judge(job, known, code, log, bool(state.get("OOMKilled")))
+        return Exit(_signed(code), "", f"{log}{reason}\n" if reason else log)
 
-    def _judge(self, job: str, known: _Known, code: int, log: str, memory: bool) -> LaunchError | None:
-        """See whether a container that ended by itself says something about its image."""
-        image, lived = known.image, time.monotonic() - known.since
+    def _judge(self, job: str, known: _Known, code: int, log: str, memory: bool) -> str:
+        """What a container that ended by itself says about its image; "" for nothing."""
+        image = known.image
         if image is None or known.unwanted:
-            return None
+            return ""
         with self._lock:
             others = any(other.started and other.image == image and other.age() >= EARLY for other in self._jobs.values())
-        found = self._images.judge(image, job, code, log, memory, lived, others)
-        self._remember(
-            job,
-            str(found) if found else f"container {job} (image {image.name}) ended with exit code {code}{errors.quoted(log)}",
-        )
-        return found
+        reason = self._images.judge(image, job, code, log, memory=memory, lived=known.age(), others=others)
+        story = f"container {job} (image {image.name}) ended with exit code {code}{errors.quoted(log)}"
+        self._remember(job, f"{reason}. {story}" if reason else story)
+        return reason
 
     def _remember(self, job: str, text: str) -> None:
         self._explained[job] = text
