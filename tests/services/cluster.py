@@ -18,7 +18,17 @@ from . import remains
 from .base import KEPT, STATE, Daemon, ServiceError, install, locked, need_root, run, say, succeeds, wait_until
 from .pki import Authority
 
-HERE = STATE / "kubernetes"
+_OURS = STATE / "kubernetes"
+_OWNER = KEPT / "kubernetes.folder"  # names the folder of the cluster that has the bridge and the store: there is but one
+
+
+def _running() -> Path | None:
+    """The folder of the cluster of which at least a part runs, whoever started it."""
+    last = Path(_OWNER.read_text()) if _OWNER.exists() else _OURS
+    return last if any(Daemon(name, last).pid() for name in ("containerd", "kubelet")) else None
+
+
+HERE = _running() or _OURS
 KUBECONFIG = HERE / "kubeconfig"
 NODE = "fiberexec"
 BRIDGE = "fxpods"
@@ -34,12 +44,11 @@ _CONTAINERD = HERE / "containerd.sock"
 _STORE = KEPT / "kubernetes"  # images and containers: on a disk, which the folder for the state need not be
 _PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet")
 _DAEMONS = {name: Daemon(name, HERE) for name in ("containerd", *_PROGRAMS)}
-_OWNER = KEPT / "kubernetes.folder"  # names the folder of the cluster that has the bridge and the store: there is but one
 _PAUSE = "localhost/pause:1"
 
 
 def answers() -> bool:
-    """Whether the cluster that `up` starts is there."""
+    """Whether a cluster that `up` has started is there."""
     return all(daemon.pid() for daemon in _DAEMONS.values()) and _kubectl("get", "--raw", "/readyz")
 
 
@@ -47,6 +56,8 @@ def up() -> Path:
     """Return the kubeconfig of a cluster that takes pods: the running one or a new one."""
     if answers():
         return KUBECONFIG
+    if HERE != _OURS:
+        raise ServiceError(f"a part of the cluster in {HERE} has died; with TEST_SERVICES_FOLDER={HERE.parent} try `down`")
     need_root("starting a Kubernetes cluster")
     with locked("kubernetes"):
         if not answers():
@@ -61,10 +72,10 @@ def up() -> Path:
 
 def down() -> None:
     """End the cluster that `up` started, with all pods and images, and undo what it did to the machine."""
-    if HERE.exists():
+    if _OURS.exists():
         need_root("stopping the Kubernetes cluster")
         with locked("kubernetes"):
-            _stop(HERE)
+            _stop(_OURS)
 
 
 def load(images: Sequence[str]) -> None:
@@ -364,13 +375,10 @@ def _ctr(*arguments: str) -> list[str]:
 
 
 def _stop_last() -> None:
-    """Remove what a crash has left, be it of another folder; a cluster that runs stays."""
-    last = Path(_OWNER.read_text()) if _OWNER.exists() else HERE
-    if last != HERE and any(Daemon(name, last).pid() for name in _DAEMONS):
-        raise ServiceError(f"a cluster runs in {last}; end it by TEST_SERVICES_FOLDER={last.parent} ... kubernetes down")
-    _stop(last)
+    """Remove what a crash has left, be it in another folder."""
+    _stop(Path(_OWNER.read_text()) if _OWNER.exists() else _OURS)
     _OWNER.parent.mkdir(parents=True, exist_ok=True)
-    _OWNER.write_text(str(HERE))
+    _OWNER.write_text(str(_OURS))
 
 
 def _stop(folder: Path) -> None:
