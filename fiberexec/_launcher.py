@@ -54,8 +54,10 @@ class Launcher:
         self._lock = threading.Lock()  # guards what follows
         self._places: dict[str, _Place] = {}  # by settings
         self._jobs: dict[str, _Place] = {}  # that were started and have not ended
+        self._wanted: set[str] = set()  # jobs that the hub has asked for, and not given up
         self._closed = False
-        self._room = threading.Semaphore(_AT_ONCE)
+        self._starts = threading.Semaphore(_AT_ONCE)
+        self._others = threading.Semaphore(_AT_ONCE)  # they wait for no start
         self._thread = threading.Thread(target=self._run, name="fiberexec-launcher", daemon=True)
         self._thread.start()
 
@@ -82,6 +84,10 @@ class Launcher:
             while True:
                 _, body, _ = self._channel.stream.receive_one()
                 verb, *args = messages.decode(body)
+                if verb == "start":
+                    self._wanted.add(args[0])
+                elif verb == "terminate":
+                    self._wanted.discard(args[0])
                 self._in_thread(getattr(self, "_" + verb), *args)
         except (OSError, EOFError):
             pass
@@ -92,8 +98,10 @@ class Launcher:
                     self._in_thread(self._terminate, job)
 
     def _in_thread(self, call: Any, *args: Any) -> None:
+        room = self._starts if call == self._start else self._others
+
         def guarded() -> None:
-            with self._room:
+            with room:
                 try:
                     call(*args)
                 except HubLost:
@@ -103,6 +111,8 @@ class Launcher:
 
     def _start(self, job: str, told: tuple[str, dict[str, Any]]) -> None:
         try:
+            if job not in self._wanted:
+                raise LaunchError("it was given up")
             place = self._place(told)
             with self._lock:
                 self._jobs[job] = place
@@ -122,8 +132,11 @@ class Launcher:
             }
             command = "python", "-m", "fiberexec._agent", "-"
             place.backend.start(Job(job, self.program, command, json.dumps(credentials).encode()))
+            if job not in self._wanted:  # nobody could end it before
+                place.backend.terminate([job])
         except Exception as error:
             self._jobs.pop(job, None)
+            self._wanted.discard(job)
             final = isinstance(error, (LaunchError, ValueError)) and getattr(error, "final", True)
             text = str(error) if isinstance(error, (LaunchError, ValueError)) else f"{type(error).__name__}: {error}"
             self._post("failed", job, text, final)
@@ -144,6 +157,7 @@ class Launcher:
         """What watch() of a backend reports."""
         for job, exit, *rest in found:
             place = self._jobs.pop(job, None)
+            self._wanted.discard(job)
             if place is not None:
                 self._post("ended", job, tuple(exit), *(rest or ("", False)))
                 self._in_thread(place.backend.terminate, [job])  # what is left of it

@@ -46,6 +46,7 @@ class _Channel:
         self.number = next(_numbers)
         self.seen = 0  # answers that were returned
         sock = socket(AF_UNIX, SOCK_STREAM)
+        sock.setblocking(True)  # whatever socket.setdefaulttimeout() was told
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
         replaced = (replaces.number, replaces.seen) if replaces is not None else (0, 0)
         hello = HELLO.pack(MAGIC, hub.token, key or _key, os.getpid(), self.number, *replaced) + frame
