@@ -19,6 +19,7 @@ _MAGIC = b"FXL\x01"
 _HEADER = struct.Struct("<4s16sQQQI")  # magic | session | stamp | acknowledged | number of the first packet | packets
 _PACKET = struct.Struct("<IBQ")  # bytes of data | kind | channel
 KEY_SIZE = 16
+_AHEAD = 1 << 16  # packets may come so long before their turn
 
 # Kinds of packets.
 CONTROL = 0  # a message from one side's logic to the other's, see _messages.encode
@@ -42,6 +43,7 @@ class Session:
         self._last = 0  # the number of the last packet pushed
         self._kept: deque[Packet] = deque()  # not acknowledged: the last ones, up to _last
         self._next = 1  # the number of the next packet to be sent
+        self._sent = 0  # the highest number that was ever sent
         self._due = 0  # the last packet that had been sent when overdue() was asked
         self._received = 0  # up to here everything has arrived
         self._early: dict[int, Packet] = {}  # what has arrived before its turn
@@ -78,6 +80,7 @@ class Session:
             size += len(data) + _PACKET.size
             index += 1
             self._next += 1
+        self._sent = max(self._sent, self._next - 1)
         parts[0] = _HEADER.pack(_MAGIC, self.key, self.stamp, self._received, first, self._next - first)
         return parts
 
@@ -90,31 +93,41 @@ class Session:
         key, stamp, acknowledged, number, count = read_header(message)
         if key != self.key:
             raise ProtocolError("a message of another session")
-        first = self._last - len(self._kept) + 1
-        if acknowledged >= self._next:
+        if acknowledged > self._sent:
             raise ProtocolError("a message acknowledges what was never sent")
+        if count and not 0 < number <= self._received + _AHEAD:
+            raise ProtocolError("a message from far in the future")
+        packets = _packets(message, count)
         self.heard = max(self.heard, stamp)
-        for _ in range(acknowledged - first + 1):
+        for _ in range(self._last - len(self._kept), acknowledged):
             self.backlog -= len(self._kept.popleft().data)
-        view = memoryview(message)
-        position = _HEADER.size
-        found: list[Packet] = []
-        for each in range(number, number + count):
-            if position + _PACKET.size > len(message):
-                raise ProtocolError("a message ends too early")
-            size, kind, channel = _PACKET.unpack_from(message, position)
-            position += _PACKET.size
-            if position + size > len(message):
-                raise ProtocolError("a message ends too early")
+        self._next = max(self._next, acknowledged + 1)
+        for each, packet in enumerate(packets, number):
             if each > self._received:
-                self._early[each] = Packet(kind, channel, view[position : position + size])
-            position += size
+                self._early[each] = packet
+        found: list[Packet] = []
         while self._received + 1 in self._early:
             self._received += 1
             found.append(self._early.pop(self._received))
-        if len(self._early) > 1 << 16:
-            raise ProtocolError("a message from far in the future")
         return found
+
+
+def _packets(message: bytes, count: int) -> list[Packet]:
+    view = memoryview(message)
+    position = _HEADER.size
+    found: list[Packet] = []
+    for _ in range(count):
+        start = position + _PACKET.size
+        if start > len(message):
+            raise ProtocolError("a message ends too early")
+        size, kind, channel = _PACKET.unpack_from(message, position)
+        position = start + size
+        if position > len(message):
+            raise ProtocolError("a message ends too early")
+        found.append(Packet(kind, channel, view[start:position]))
+    if position != len(message):
+        raise ProtocolError("a message ends too late")
+    return found
 
 
 def read_header(message: bytes) -> tuple[bytes, int, int, int, int]:
