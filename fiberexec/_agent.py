@@ -26,6 +26,7 @@ from typing import Any
 
 from fiberexec import _config, _platform
 from fiberexec import _messages as messages
+from fiberexec._bundle._job import SHIPPED
 from fiberexec._hub.launch import ADDRESS, DOOR, JOB
 from fiberexec._relay import IN, Relays
 from fiberexec._session import CONTROL, EXCHANGES, KEY_SIZE, PARKED, Session
@@ -310,6 +311,9 @@ def main() -> None:
     os.environ[JOB] = folder
     with open(os.path.join(folder, ADDRESS), "w", encoding="utf-8", opener=_private) as file:
         file.write("\n".join(credentials["address"]))
+    if credentials["shipped"]:
+        with open(os.path.join(folder, SHIPPED), "w", encoding="ascii") as file:
+            file.write(credentials["shipped"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _platform.adopt_orphans()
     code = 1

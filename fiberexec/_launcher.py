@@ -128,6 +128,7 @@ class Launcher:
                 "key": key,
                 "driver_timeout": settings.driver_timeout,
                 "env": dict(settings.env),
+                "shipped": "".join(settings.ship),
                 "workers": settings.workers_per_job,
             }
             command = "python", "-m", "fiberexec._agent", "-"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fiberexec import _config
+from fiberexec import _bundle, _config
 from fiberexec import _messages as messages
 from fiberexec._errors import ConfigError, HubLost, LaunchError
 from fiberexec._hub import client, launch
@@ -34,6 +34,9 @@ class RemoteBackend:
         self.largest = jobs.largest
         self.default_workers = jobs.default_workers
         self.idle_timeout = jobs.idle_timeout
+        if settings.ship:
+            _bundle.check_ship(settings.ship)
+        self._ship = settings.ship
         self._settings = plain(settings)
         self._workers_per_job = settings.workers_per_job
         self._timeout = settings.driver_timeout
@@ -64,6 +67,10 @@ class RemoteBackend:
         self._hub = hub = launch.start()
         launcher = 0 if launch.in_job() else _launcher.get()
         self._fleet = client.call("new", HUB, "fleet", hub=hub)
+        if self._ship:
+            digest, archive = _bundle.ship(self._ship)
+            self._settings[1]["ship"] = [digest]
+            client.call("ship", self._fleet, digest, buffers=(archive,), hub=hub)
         told = launcher, self._settings, self._workers_per_job, self._timeout
         self._events = client.subscribe(hub, ("events", self._fleet, told))
         self._events.stream._sock.setblocking(False)

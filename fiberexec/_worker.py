@@ -17,6 +17,7 @@ import faulthandler
 import os
 import sys
 from _socket import gethostname, socket
+from _thread import get_ident
 from time import monotonic, monotonic_ns
 
 from fiberexec import _messages as messages
@@ -68,6 +69,7 @@ class Worker:
         self._is_child = False
         self._slice: _Slice | None = None
         self._log_levels: dict[str, int] = {}
+        self._thread = get_ident()
         self._began = 0  # when the running item started, while it waits for code
         self.unit: tuple[Any, ...] | None = None  # the unit that is being run
 
@@ -114,7 +116,9 @@ class Worker:
         sys.argv[:] = setup["argv"]
         os.environ.update(setup["env"])
         if setup["cwd"] is None:
-            self._find_code()
+            from fiberexec._bundle import _job
+
+            _job.enter(os.environ["FIBEREXEC_JOB"], self._excuse)
         else:
             try:
                 os.chdir(setup["cwd"])
@@ -152,22 +156,11 @@ class Worker:
 
             _inherited.hub = changes["hub"]
 
-    def _find_code(self) -> None:
-        """On another host: ask the driver for modules that are not here."""
-        from fiberexec import _bundle
-
-        def ask(name: str) -> tuple[str, bytes] | None:
-            from fiberexec._hub import client
-            from fiberexec._hub.wire import HUB
-
-            digest, buffers = client.request(client.launch.address(), ("code", HUB, (name,)))
-            return None if digest is None else (digest, bytes(buffers[0]))
-
-        _bundle.install(ask, os.path.join(os.environ["FIBEREXEC_JOB"], "code"), excuse=self._excuse)
-
     def _excuse(self, seconds: float | None) -> None:
         """A task waits for its code (None), or has waited so long: that is not its own time."""
         cell = self._cell
+        if get_ident() != self._thread:
+            return  # a thread of the task's waits, not the task
         if seconds is None:
             self._began = cell[STARTED]
             cell[STARTED] = monotonic_ns() + SHIPPING

@@ -282,6 +282,7 @@ class Fleet(Shared):
         self.timeout = 60.0
         self.workers_per_job = 1
         self.closing = False
+        self.shipped: tuple[str, list[Any]] = "", []
         self._subscriber: Subscriber | None = None
         self._closers: OrderedDict[Any, None] = OrderedDict()  # who waits for the end
 
@@ -296,6 +297,10 @@ class Fleet(Shared):
         self._settings = settings
         self._subscriber = Subscriber(peer)
         peer.process.uses[self] = None
+
+    def do_ship(self, peer: Peer, digest: str) -> None:
+        """Keep an archive, the frame's buffer, for all workers."""
+        self.shipped = digest, list(peer.buffers)
 
     def do_launch(self, peer: Peer, workers: list[int]) -> None:
         for worker in workers:

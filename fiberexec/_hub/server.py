@@ -396,6 +396,13 @@ class Hub(Shared):
         """The user's own code for a process in a job: (digest, archive as a buffer), or None."""
         return None if peer.link is None else peer.link.job.fleet.launcher.ask_code(peer, name)
 
+    def do_shipped(self, peer: Peer) -> Any:
+        """What ``ship`` named, for a process in a job: (digest, archive as a buffer)."""
+        if peer.link is not None:
+            digest, archive = peer.link.job.fleet.shipped
+            peer.reply(digest, archive)
+        return PARKED
+
     def do_drop(self, peer: Peer, id: int) -> None:
         shared = self.objects.pop(id, None)
         peer.process.made.discard(id)
