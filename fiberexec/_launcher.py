@@ -156,11 +156,11 @@ class Launcher:
 
     def _ended(self, found: list[JobEnded]) -> None:
         """What watch() of a backend reports."""
-        for job, exit, *rest in found:
+        for job, exit in found:
             place = self._jobs.pop(job, None)
             self._wanted.discard(job)
             if place is not None:
-                self._post("ended", job, tuple(exit), *(rest or ("", False)))
+                self._post("ended", job, tuple(exit))
                 self._in_thread(place.backend.terminate, [job])  # what is left of it
 
     def _post(self, op: str, *args: object) -> None:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pynng
+import pynng  # type: ignore[import-untyped]
 from pynng import ffi, lib
 
 from fiberexec._stream import Buffer
@@ -140,7 +140,10 @@ class Listener(_End):
             auth_mode=pynng.TLSConfig.AUTH_MODE_REQUIRED,
         )
         self._socket = pynng.Rep0(recv_max_size=MAX_MESSAGE, tls_config=config)
-        listener = self._socket.listen(f"tls+tcp://{_bracketed(host)}:0")
+        try:
+            listener = self._socket.listen(f"tls+tcp://{_bracketed(host)}:0")
+        except pynng.NNGException as error:
+            raise OSError(f"the hub cannot listen on {host}: {error}") from None
         port = ffi.new("int *")
         pynng.exceptions.check_err(lib.nng_listener_get_int(listener.listener, b"tcp-bound-port", port))
         self.port = int(port[0])

@@ -36,8 +36,8 @@ def _ask(name: str) -> tuple[str, bytes] | None:
 
 
 def _request(op: str, *args: object) -> tuple[str | None, bytes]:
-    from fiberexec._hub import client
+    from fiberexec._hub import client, launch
     from fiberexec._hub.wire import HUB
 
-    digest, buffers = client.request(client.launch.address(), (op, HUB, args))
+    digest, buffers = client.request(launch.address(), (op, HUB, args))
     return digest, bytes(buffers[0]) if buffers else b""

@@ -134,12 +134,12 @@ class Job:
             self._refuse(worker, text, final)
         self._forget()
 
-    def end(self, exit: tuple[Any, ...], text: str = "", final: bool = False) -> None:
-        """Nothing of the job runs any more; ``text`` says why it never did."""
+    def end(self, exit: tuple[Any, ...]) -> None:
+        """Nothing of the job runs any more."""
         if self.ended:
             return
         if self.hello is None:
-            self.fail(text or _explain(self.id, exit), final)
+            self.fail(_explain(self.id, exit), False)
             return
         self.ending = self.ended = True
         if self.is_lost:
@@ -251,9 +251,9 @@ class Launcher(Shared):
         for found in self._find(job):
             found.fail(text, final)
 
-    def do_ended(self, peer: Peer, job: str, exit: tuple[Any, ...], text: str, final: bool) -> None:
+    def do_ended(self, peer: Peer, job: str, exit: tuple[Any, ...]) -> None:
         for found in self._find(job):
-            found.end(exit, text, final)
+            found.end(exit)
 
     def _find(self, job: str) -> list[Job]:
         return [fleet.jobs[job] for fleet in self.fleets if job in fleet.jobs]

@@ -141,14 +141,9 @@ class Switch:
         """Listen for agents on an address of this host; returns the port. Raises OSError."""
         listener = self._listeners.get(host)
         if listener is None:
-            import pynng
-
             from fiberexec._link import Listener
 
-            try:
-                listener = self._listeners[host] = Listener(host, ca, certificate, key)
-            except pynng.NNGException as error:
-                raise OSError(f"the hub cannot listen on {host}: {error}") from None
+            listener = self._listeners[host] = Listener(host, ca, certificate, key)
             self.hub.follow(listener.fileno(), IN, lambda events: self._hear(listener))
         return listener.port
 

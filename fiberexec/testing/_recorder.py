@@ -19,7 +19,8 @@ class Recorder:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.name, self.host, self.largest = backend.name, backend.host, backend.largest
-        self.default_workers, self.idle_timeout = backend.default_workers, backend.idle_timeout
+        self.same_host, self.default_workers = backend.same_host, backend.default_workers
+        self.idle_timeout = backend.idle_timeout
         self.asked: list[tuple[str, tuple[Any, ...]]] = []
         self.said: list[JobEvent] = []
         self.closed = 0
