@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from fiberexec import mp
 from fiberexec._hub import launch
 from fiberexec.mp import _jobs, heap
+from fiberexec.mp.managers import SyncManager
+from fiberexec.mp.pool import Pool
+
+from . import carriers
+from .helpers import Gate, Log
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +24,42 @@ def no_jobs_left(nothing_left_behind: None) -> Iterator[None]:
     _jobs.close()
     heap.forget()
     launch.close()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    made = Gate(tmp_path / "gate")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Log:
+    return Log(tmp_path / "log")
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    with Pool(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def manager(nothing_left_behind: None) -> Iterator[SyncManager]:
+    with mp.Manager() as manager:
+        yield manager
+    manager.join()  # or pytest keeps its Process
+
+
+@pytest.fixture
+def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What Pipe() makes in this test."""
+    backend: str = getattr(request, "param", carriers.LOCAL)
+    monkeypatch.setattr(carriers, "backend", backend)
+    return backend
+
+
+@pytest.fixture
+def folder_of_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """multiprocessing would make one and keep it to the end."""
+    monkeypatch.setitem(mp.current_process()._config, "tempdir", str(tmp_path))  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,21 +20,13 @@ from fiberexec._messages import decode, encode
 from fiberexec._serialize import loads
 from fiberexec.mp import _consumer, queues
 
-LIMIT = 30.0  # seconds after which a test that waits gives up
-SHORT = 0.05  # seconds that something is given to happen which must not
+from .helpers import LIMIT, SHORT, ended, process
+
 KINDS = ["Queue", "JoinableQueue"]
 
 
-def process(target: Callable[..., object], *args: Any) -> mp.Process:
-    started = mp.Process(target=target, args=args)
-    started.start()
-    return started
 
 
-def ended(*processes: mp.Process) -> list[int | None]:
-    for each in processes:
-        each.join(LIMIT)
-    return [each.exitcode for each in processes]
 
 
 def produce(queue: Any, numbers: range) -> None:

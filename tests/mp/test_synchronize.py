@@ -1,4 +1,4 @@
-"""Locks, semaphores, conditions, events, barriers: multiprocessing's promises, in threads and in processes."""
+"""Locks and semaphores, how handles travel, and interrupts."""
 
 from __future__ import annotations
 
@@ -16,33 +16,7 @@ import pytest
 
 from fiberexec import FiberExecutor, mp
 
-LIMIT = 30.0  # seconds after which a test that waits gives up
-SHORT = 0.05  # seconds that something is given to happen which must not
-
-
-def process(target: Callable[..., object], *args: Any) -> mp.Process:
-    started = mp.Process(target=target, args=args)
-    started.start()
-    return started
-
-
-def ended(*processes: mp.Process) -> list[int | None]:
-    for each in processes:
-        each.join(LIMIT)
-    return [each.exitcode for each in processes]
-
-
-def thread(target: Callable[..., object], *args: Any) -> threading.Thread:
-    started = threading.Thread(target=target, args=args)
-    started.start()
-    return started
-
-
-def eventually(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+from .helpers import LIMIT, SHORT, ended, eventually, in_thread, process
 
 
 def hold(lock: Any, held: Any, until: Any) -> None:
@@ -70,7 +44,7 @@ def test_what_one_process_holds_another_waits_for(kind: str) -> None:
 def test_a_lock_is_not_recursive_and_any_thread_may_release_it() -> None:
     lock = mp.Lock()
     assert lock.acquire() and not lock.acquire(False)
-    thread(lock.release).join()
+    in_thread(lock.release).join()
     assert lock.acquire(False)
     lock.release()
 
@@ -88,14 +62,14 @@ def test_an_rlock_is_released_as_often_as_acquired_by_its_thread_alone() -> None
     for _ in range(3):
         assert lock.acquire()
     refused: list[bool] = []
-    thread(lambda: refused.append(lock.acquire(False))).join()
+    in_thread(lambda: refused.append(lock.acquire(False))).join()
     assert refused == [False]
     for _ in range(3):
         lock.release()
     with pytest.raises(AssertionError, match="not owned"):
         lock.release()
     got: list[bool] = []
-    thread(lambda: (got.append(lock.acquire(False)), lock.release())).join()
+    in_thread(lambda: (got.append(lock.acquire(False)), lock.release())).join()
     assert got == [True]
 
 
@@ -115,7 +89,7 @@ def test_a_release_is_seen_by_whoever_hears_of_it() -> None:
                 if number + 1 < len(turns):
                     turns[number + 1].set()
 
-    helper = thread(other)
+    helper = in_thread(other)
     for number in range(0, len(turns), 2):
         if number:
             turns[number].wait(LIMIT)
@@ -147,7 +121,7 @@ def test_repr_says_who_owns_a_lock() -> None:
     with lock:
         assert repr(lock) == "<Lock(owner=MainProcess)>"
         seen: list[str] = []
-        thread(lambda: seen.append(repr(lock))).join()
+        in_thread(lambda: seen.append(repr(lock))).join()
         assert seen == ["<Lock(owner=SomeOtherThread)>"]
     holder = process(hold, lock, held, until)
     held.wait(LIMIT)
@@ -216,170 +190,6 @@ def test_an_object_that_was_never_pickled_goes_with_its_handle() -> None:
         ghost.acquire()
 
 
-# -- conditions
-
-
-def test_a_notification_wakes_as_many_as_it_says() -> None:
-    condition, sleeping, woken = mp.Condition(), mp.Semaphore(0), mp.Semaphore(0)
-
-    def sleep() -> None:
-        with condition:
-            sleeping.release()
-            assert condition.wait(LIMIT)
-            woken.release()
-
-    sleepers: list[Any] = [process(sleep) for _ in range(2)] + [thread(sleep) for _ in range(2)]
-    for _ in sleepers:
-        assert sleeping.acquire(timeout=LIMIT)
-    with condition:
-        condition.notify()
-    eventually(lambda: woken.get_value() == 1)
-    with condition:
-        condition.notify(2)
-    eventually(lambda: woken.get_value() == 3)
-    with condition:
-        condition.notify_all()
-    for each in sleepers:
-        each.join(LIMIT)
-    assert woken.get_value() == 4
-
-
-def test_wait_gives_back_a_lock_that_is_held_more_than_once() -> None:
-    condition = mp.Condition()
-
-    def notify() -> None:
-        with condition:
-            condition.notify()
-
-    with condition, condition:
-        helper = thread(notify)
-        assert condition.wait(LIMIT)
-        assert condition._lock._count() == 2
-    helper.join()
-    assert condition.acquire(False)
-    condition.release()
-
-
-def test_a_wait_that_ends_by_its_time_holds_the_lock() -> None:
-    condition = mp.Condition(mp.Lock())
-    with condition:
-        assert condition.wait(0) is False
-        assert condition.wait(SHORT) is False
-        assert condition.wait_for(lambda: False, SHORT) is False
-        refused: list[bool] = []
-        thread(lambda: refused.append(condition.acquire(False))).join()
-        assert refused == [False]
-    assert condition.wait_for.__self__ is condition
-    with condition:
-        assert condition.wait_for(lambda: 7) == 7
-
-
-def test_who_does_not_hold_the_lock_may_not_wait_nor_notify() -> None:
-    condition = mp.Condition()
-    with pytest.raises(AssertionError, match="must acquire"):
-        condition.wait()
-    with pytest.raises(AssertionError, match="not owned"):
-        condition.notify()
-
-
-# -- events
-
-
-def test_an_event_wakes_all_and_can_be_cleared() -> None:
-    event, count = mp.Event(), mp.Semaphore(0)
-
-    def wait() -> None:
-        if event.wait(LIMIT):
-            count.release()
-
-    waiting: list[Any] = [process(wait), thread(wait)]
-    assert not event.is_set() and not event.wait(0) and not event.wait(SHORT)
-    event.set()
-    for each in waiting:
-        each.join(LIMIT)
-    assert count.get_value() == 2
-    assert event.is_set() and event.wait() and event.wait(0)
-    assert repr(event).endswith(" set>")
-    event.clear()
-    assert not event.is_set()
-
-
-# -- barriers
-
-
-def passes(barrier: Any, queue: Any, rounds: int) -> None:
-    for _ in range(rounds):
-        queue.put(barrier.wait(LIMIT))
-
-
-def test_a_barrier_lets_all_pass_with_a_number_each() -> None:
-    barrier, queue = mp.Barrier(3), mp.Queue()
-    others = [process(passes, barrier, queue, 5) for _ in range(2)]
-    passes(barrier, queue, 5)
-    assert ended(*others) == [0, 0]
-    assert sorted(queue.get(timeout=LIMIT) for _ in range(15)) == [0] * 5 + [1] * 5 + [2] * 5
-    assert (barrier.parties, barrier.n_waiting, barrier.broken) == (3, 0, False)
-
-
-def test_the_action_runs_once_before_anybody_passes() -> None:
-    queue = mp.SimpleQueue()
-    barrier = mp.Barrier(2, action=lambda: queue.put("action"))
-
-    def party() -> None:
-        barrier.wait(LIMIT)
-        queue.put("passed")
-
-    others = [process(party), process(party)]
-    assert ended(*others) == [0, 0]
-    assert [queue.get() for _ in range(3)] == ["action", "passed", "passed"]
-
-
-def test_an_action_that_raises_breaks_the_barrier() -> None:
-    barrier = mp.Barrier(2, action=lambda: 1 / 0)
-    broken: list[bool] = []
-
-    def party() -> None:
-        try:
-            barrier.wait(LIMIT)
-        except threading.BrokenBarrierError:
-            broken.append(True)
-        except ZeroDivisionError:
-            broken.append(False)
-
-    others = [thread(party), thread(party)]
-    for each in others:
-        each.join(LIMIT)
-    assert sorted(broken) == [False, True]
-    assert barrier.broken
-
-
-def test_a_timeout_an_abort_and_a_reset_are_heard_by_all_who_wait() -> None:
-    barrier = mp.Barrier(3, timeout=LIMIT)
-    heard = mp.Semaphore(0)
-
-    def party() -> None:
-        try:
-            barrier.wait()
-        except threading.BrokenBarrierError:
-            heard.release()
-
-    def wait_shortly() -> None:
-        with pytest.raises(threading.BrokenBarrierError):
-            barrier.wait(SHORT)
-
-    for end in (barrier.abort, wait_shortly, barrier.reset):
-        if barrier.broken:
-            barrier.reset()
-        other = thread(party)
-        eventually(lambda: barrier.n_waiting == 1)
-        end()
-        other.join(LIMIT)
-        assert heard.acquire(False)
-    assert not barrier.broken
-    with pytest.raises(ValueError):
-        mp.Barrier(0)
-
-
 # -- interrupts
 
 
@@ -403,7 +213,7 @@ def interrupted(request: pytest.FixtureRequest) -> Any:
             eventually(when)
             signal.pthread_kill(main, signal.SIGUSR1)
 
-        helper = thread(interrupt)
+        helper = in_thread(interrupt)
         with pytest.raises(Interrupt):
             function()
         helper.join()
@@ -431,7 +241,7 @@ def test_an_interrupted_wait_at_a_condition_holds_the_lock(interrupted: Any) -> 
         interrupted(condition.wait, lambda: condition._call("sleepers") == 1)
         assert condition._lock._is_mine()
         refused: list[bool] = []
-        thread(lambda: refused.append(condition.acquire(False))).join()
+        in_thread(lambda: refused.append(condition.acquire(False))).join()
         assert refused == [False]
     assert condition.acquire(False)
     condition.release()
@@ -454,7 +264,7 @@ def test_an_interrupt_breaks_no_lock_whenever_it_comes() -> None:
             signal.pthread_kill(main, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, handler)
-    helper = thread(disturb)
+    helper = in_thread(disturb)
     try:
         for _ in range(300):
             try:
