@@ -87,12 +87,20 @@ def test_a_worker_image_has_what_fiberexec_requires_and_its_command() -> None:
     assert in_image(image, "fiberexec", "--help").startswith("Usage: fiberexec")
 
 
-def test_a_worker_image_is_built_once() -> None:
-    image = services.worker_image()
-    created = docker("image", "inspect", "--format", "{{.Created}}", image)
-    services.worker_image.cache_clear()
-    assert services.worker_image() == image
-    assert docker("image", "inspect", "--format", "{{.Created}}", image) == created
+def test_a_worker_image_is_built_once_for_the_same_content(tmp_path: Path) -> None:
+    services.require_docker()
+    package = tmp_path / "shapes"
+    package.mkdir()
+
+    def built(content: str) -> tuple[str, str]:
+        (package / "__init__.py").write_text(content)
+        image = call("worker", str(package), "tenacity").stdout.strip()
+        assert in_image(image, "python", "-c", "import shapes, tenacity; print(shapes.sides)") == content.split()[-1]
+        return image, docker("image", "inspect", "--format", "{{.Created}}", image)
+
+    first = built("sides = 3")
+    assert built("sides = 4") != first
+    assert built("sides = 3") == first
 
 
 def test_an_image_may_have_another_python() -> None:
