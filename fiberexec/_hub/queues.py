@@ -10,11 +10,15 @@ says in its cell how far it is; what it has not claimed can be taken back withou
     consumer: CLAIMED = n, then: is RECALLED >= n?  ─► it was too late: CLAIMED = n - 1, and it asks again
     hub:      RECALLED = all that was sent, SETTLE seconds later: CLAIMED tells what it has kept
 
+A consumer in a job on another host has no memory in common with the hub: it tells what it has written into its cell, and is
+told of a recall, which it answers.
+
 Rules:
 - An item belongs to the consumer that got it: claimed it and unpickled it, or failed to. In a queue that counts
   (JoinableQueue) not before it was marked as done. What else its process held when it died goes back to the front, in order.
 - The first item of an answer is the consumer's, however long it takes to read it. What it holds beyond that and has not
   claimed after HOLD seconds is taken back, or at once when a get() that must not wait finds nothing else.
+- A cell is told on any connection, so later words may come first: they only grow.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 HOLD = 0.005  # seconds that a consumer may hold what it has not claimed
 SETTLE = 0.001  # seconds after which what was claimed before a recall was seen is certain to show
+ANSWER = 1.0  # seconds that a get() which must not wait allows consumers on other hosts to answer a recall
 _BATCH = 1 << 18  # bytes in one answer, more than one item
 _OVERHEAD = 100  # bytes that an item costs beside its own
 
@@ -51,9 +56,11 @@ class Item:
 class Consumer:
     """``held`` are the items ``first`` .. ``first + len(held) - 1`` in its own count."""
 
-    def __init__(self, process: Process, cell: memoryview) -> None:
+    def __init__(self, process: Process, slot: int) -> None:
         self.process = process
-        self.cell = cell
+        self.slot = slot
+        self.is_far = not process.cells  # it tells what is in its cell
+        self.cell: memoryview[int] | list[int] = [0] * CELL if self.is_far else process.cells[CELL * slot : CELL * (slot + 1)]
         self.held: deque[Item] = deque()
         self.first = 1
         self.done = 0  # task_done() calls that have been counted
@@ -61,6 +68,7 @@ class Consumer:
         self.promised = 0  # the number of the first of them
         self.holding: Timer | None = None  # due when it may have held something for too long
         self.recall: Timer | None = None  # under way
+        self.recalls = 0  # how many there were
 
     @property
     def last(self) -> int:
@@ -70,6 +78,11 @@ class Consumer:
     def kept(self) -> int:
         """The last item that cannot be taken back."""
         return max(self.cell[CLAIMED], self.promised)
+
+    def hear(self, claimed: int, got: int, done: int) -> None:
+        """What is in its cell."""
+        for word, told in ((CLAIMED, claimed), (GOT, got), (DONE, done)):
+            self.cell[word] = max(self.cell[word], told)
 
     def end_recall(self) -> None:
         if self.recall is not None:
@@ -110,17 +123,41 @@ class Queue(Shared):
         self._settle(consumer)
         self._take_back(consumer, claimed)
         if timeout is not None and timeout < 2 * HOLD and not self._items:
-            holders = [each for each in self._consumers.values() if each.last > each.kept]
-            if holders:
-                timeout += 2 * SETTLE
-            for each in holders:
-                self._recall(each)
-        Get(self, peer, timeout, consumer, want)
+            self._glance(Get(self, peer, None, consumer, want), timeout)
+        else:
+            Get(self, peer, timeout, consumer, want)
         self._deliver()
         return PARKED
 
+    def _glance(self, get: Get, timeout: float) -> None:
+        """Let a get() which must not wait have what consumers do not need to keep."""
+        holders = [each for each in self._consumers.values() if each.last > each.kept]
+        for each in holders:
+            self._recall(each)
+        if any(each.is_far and each.recall for each in holders):
+            get.asked = monotonic() + timeout
+            timeout += ANSWER
+        elif holders:
+            timeout += 2 * SETTLE
+        self.hub.at(monotonic() + timeout if timeout > 0 else 0.0, get)
+
     def do_size(self, peer: Peer) -> int:
         return len(self._items) + sum(max(0, each.last - each.kept) for each in self._consumers.values())
+
+    def do_tell(self, peer: Peer, slot: int, claimed: int, got: int, done: int) -> None:
+        """What a consumer on another host has written into its cell."""
+        consumer = self._consumers.get((peer.process, slot))
+        if consumer is not None:
+            consumer.hear(claimed, got, done)
+            self._settle(consumer)
+
+    def do_recalled(self, peer: Peer, slot: int, number: int, *cell: int) -> None:
+        """A consumer on another host has seen a recall."""
+        consumer = self._consumers.get((peer.process, slot))
+        if consumer is not None:
+            consumer.hear(*cell)
+            if consumer.recall is not None and consumer.recalls == number:
+                self._recalled(consumer)
 
     def do_done(self, peer: Peer, slot: int) -> None:
         """A consumer has marked in its cell what is done; or, with slot -1, a process marks what another thread got."""
@@ -139,11 +176,13 @@ class Queue(Shared):
         Wait(peer, self._joining, None)
         return PARKED
 
-    def do_leave(self, peer: Peer, slot: int) -> bool:
+    def do_leave(self, peer: Peer, slot: int, *cell: int) -> bool:
         """A thread has ended: what it did not claim goes back. Answers whether its cell is free."""
         consumer = self._consumers.get((peer.process, slot))
         if consumer is None:
             return True
+        if cell:
+            consumer.hear(*cell)
         self._settle(consumer)
         self._undo(consumer)
         if consumer.held:
@@ -223,8 +262,8 @@ class Queue(Shared):
     def _consumer(self, process: Process, slot: int) -> Consumer:
         consumer = self._consumers.get((process, slot))
         if consumer is None:
-            cell = process.cells[CELL * slot : CELL * (slot + 1)]
-            consumer = self._consumers[process, slot] = Consumer(process, cell)
+            consumer = self._consumers[process, slot] = Consumer(process, slot)
+            cell = consumer.cell
             cell[CLAIMED] = cell[RECALLED] = cell[DONE] = cell[OTHERS] = cell[GOT] = 0
             process.uses[self] = None
         return consumer
@@ -295,8 +334,12 @@ class Queue(Shared):
 
     def _recall(self, consumer: Consumer) -> None:
         if consumer.recall is None:
-            consumer.cell[RECALLED] = consumer.last
             consumer.recall = Timer(partial(self._recalled, consumer))
+            consumer.recalls += 1
+            if consumer.is_far:
+                consumer.process.tell_recall(consumer.slot, consumer.last, consumer.recalls)
+                return
+            consumer.cell[RECALLED] = consumer.last
             self.hub.at(monotonic() + SETTLE, consumer.recall)
 
     def _recalled(self, consumer: Consumer) -> None:
@@ -305,15 +348,20 @@ class Queue(Shared):
         self._settle(consumer)
         self._take_back(consumer, consumer.kept)
         self._deliver()
+        if consumer.is_far and not any(each.recall for each in self._consumers.values()):
+            for get in self._getting:
+                if get.asked:
+                    self.hub.at(get.asked, get)  # nobody can give it anything
 
 
 class Get(Wait):
-    __slots__ = ("consumer", "want")
+    __slots__ = ("asked", "consumer", "want")
 
     def __init__(self, queue: Queue, peer: Peer, timeout: float | None, consumer: Consumer, want: int) -> None:
         super().__init__(peer, queue._getting, timeout)
         self.consumer = consumer
         self.want = want
+        self.asked = 0.0  # when it would be over but for recalls that are to be answered
 
     def due(self) -> None:
         self.finish(None)

@@ -33,7 +33,7 @@ from fiberexec._hub.pipes import Pipe
 from fiberexec._hub.queues import Queue
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
 from fiberexec._hub.switch import AgentLink, Switch
-from fiberexec._hub.wire import ERROR, ERRORS, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
+from fiberexec._hub.wire import ERROR, ERRORS, EVENT, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
 from fiberexec._stream import Frame, ProtocolError, Stream, pack
 
 _GLANCE = 1.0  # seconds between two looks at the root process
@@ -62,8 +62,13 @@ class Process:
         self.peers: dict[int, Peer] = {}  # by the connection's number
         self.uses: dict[Shared, None] = {}  # objects that want to hear of its end
         self.made: set[int] = set()  # objects that nobody else can know
-        self.cells = memoryview(b"")
+        self.cells = memoryview(b"")  # empty if it is on another host
+        self.recalls: Peer | None = None  # by which it hears of them then
         self.leaving = False  # it ends in order
+
+    def tell_recall(self, *recall: int) -> None:
+        if self.recalls is not None:
+            self.recalls.push(EVENT, messages.encode(recall))
 
 
 class Peer:
@@ -422,6 +427,10 @@ class Hub(Shared):
             peer.process.cells = memoryview(mmap.mmap(fd, os.fstat(fd).st_size)).cast("Q")
         finally:
             os.close(fd)
+
+    def do_recalls(self, peer: Peer) -> None:
+        """Tell on this connection what queues take back of what the process holds."""
+        peer.process.recalls = peer
 
     def do_deposit(self, peer: Peer) -> int:
         id = next(self._ids)

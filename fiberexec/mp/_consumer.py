@@ -1,17 +1,25 @@
-"""The end of a queue where items come out, as one thread holds it."""
+"""The end of a queue where items come out, as one thread holds it.
+
+In a job on another host it has no memory in common with the hub: a `FarConsumer` tells the hub what it has written into its
+cell, and a thread hears what the hub would write there.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+import weakref
 from _collections import deque  # type: ignore[import-not-found]
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 from fiberexec import _platform
 from fiberexec._hub import client, launch
 from fiberexec._hub.launch import Address
-from fiberexec._hub.wire import CELL, CELLS, CLAIMED, HUB, RECALLED
+from fiberexec._hub.wire import CELL, CELLS, CLAIMED, DONE, GOT, HUB, RECALLED
+from fiberexec._messages import decode
 
 _WORK = 0.001  # seconds of a consumer's work that are taken ahead
 _MOST = 256  # items that are taken ahead
@@ -20,9 +28,11 @@ _MOST = 256  # items that are taken ahead
 class Consumer:
     """One thread's end of one queue."""
 
+    cell: memoryview[int] | list[int]
+
     def __init__(self, hub: Address, id: int) -> None:
-        self.cells, self.slot = _cell(hub, id)
-        self.cell = self.cells.memory[CELL * self.slot : CELL * (self.slot + 1)]
+        self._open(hub, id)
+        self.hub = hub
         self.id = id
         self.items: deque[Any] = deque()  # claimed from the left
         self.number = 0  # of the last one claimed
@@ -31,6 +41,14 @@ class Consumer:
         self.came = 0.0  # when it came
         self.want = 1
         self.is_new = True
+
+    def _open(self, hub: Address, id: int) -> None:
+        self.cells, self.slot = _cell(hub, id)
+        self.cell = self.cells.memory[CELL * self.slot : CELL * (self.slot + 1)]
+
+    def got(self) -> None:
+        """What was claimed is the caller's now."""
+        self.cell[GOT] = self.number
 
     def claim(self) -> Any:
         """The next item that is here; None if there is none, or it was taken back."""
@@ -72,6 +90,71 @@ class Consumer:
     def __del__(self) -> None:
         if hasattr(self, "id"):  # else it could not be made
             self.cells.free.append((self.id, self.slot))
+
+
+class FarConsumer(Consumer):
+    """In a process that is not on the hub's host."""
+
+    def _open(self, hub: Address, id: int) -> None:
+        self.slot = next(_slots)
+        self.cell = [0] * CELL
+        _far[self.slot] = self
+
+    def got(self) -> None:
+        super().got()
+        with suppress(OSError):  # the hub has gone, but the item is here
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell the hub what is in the cell."""
+        client.post(self.hub, ("tell", self.id, (self.slot, *self._told())))
+
+    def _told(self) -> tuple[int, int, int]:
+        return self.cell[CLAIMED], self.cell[GOT], self.cell[DONE]
+
+    def pace(self) -> None:
+        super().pace()
+        if self.want > 1:
+            _hear_recalls(self.hub)
+        self.cell[RECALLED] = 0  # should one come that is older than the answer, the hub will hear what was not claimed
+
+    def recall(self, last: int, number: int) -> None:
+        """Give back what is not claimed yet."""
+        self.cell[RECALLED] = last
+        client.post(self.hub, ("recalled", self.id, (self.slot, number, *self._told())))
+
+    def __del__(self) -> None:
+        if hasattr(self, "id"):
+            client.post_later(self.hub, ("leave", self.id, (self.slot, *self._told())))
+
+
+_slots = itertools.count()
+_far: weakref.WeakValueDictionary[int, FarConsumer] = weakref.WeakValueDictionary()
+_hearing: set[bytes] = set()  # hubs, by their tokens
+
+
+def _hear_recalls(hub: Address) -> None:
+    """Let a thread hear what the hub wants back."""
+    with _cells_lock:
+        if hub.token in _hearing:
+            return
+        channel = client.subscribe(hub, ("recalls", HUB, ()))
+        threading.Thread(target=_listen, args=(hub, channel), name="fiberexec-recalls", daemon=True).start()
+        _hearing.add(hub.token)
+
+
+def _listen(hub: Address, channel: Any) -> None:
+    try:
+        while True:
+            slot, last, number = decode(channel.stream.receive_one()[1])
+            consumer = _far.get(slot)
+            if consumer is None:
+                client.call("ping", HUB, hub=hub)  # lets go out what it has left to be said
+            else:
+                consumer.recall(last, number)
+            del consumer
+    except (OSError, EOFError):
+        pass  # the hub has gone, as everybody hears
 
 
 class _Cells:
@@ -118,6 +201,8 @@ def _in_child() -> None:
     global _cells_lock
     _cells_lock = threading.Lock()
     _all_cells.clear()
+    _far.clear()
+    _hearing.clear()
 
 
 launch.at_close.append(_all_cells.clear)

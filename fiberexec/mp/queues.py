@@ -24,12 +24,12 @@ from queue import Empty, Full
 from typing import Any
 
 from fiberexec._errors import HubFull
-from fiberexec._hub import client
+from fiberexec._hub import client, launch
 from fiberexec._hub.handle import Handle, seconds
-from fiberexec._hub.wire import DONE, GOT, OTHERS, RECALLED
+from fiberexec._hub.wire import DONE, OTHERS, RECALLED
 from fiberexec._serialize import dumps_result, loads
 from fiberexec.mp import _feeder
-from fiberexec.mp._consumer import Consumer
+from fiberexec.mp._consumer import Consumer, FarConsumer
 
 __all__ = ["JoinableQueue", "Queue", "SimpleQueue"]
 
@@ -56,7 +56,8 @@ class _Ends(Handle):
         try:
             consumer: Consumer = self._local.consumer
         except AttributeError:
-            consumer = self._local.consumer = Consumer(self._hub, self._id)
+            make = FarConsumer if launch.in_job() else Consumer
+            consumer = self._local.consumer = make(self._hub, self._id)
         return consumer
 
     def _get(self, timeout: float | None) -> Any:
@@ -74,7 +75,7 @@ class _Ends(Handle):
         try:
             return loads(item) if type(item) is not tuple else loads(*item)
         finally:
-            consumer.cell[GOT] = consumer.number
+            consumer.got()
 
     def _after_fork(self) -> None:
         self._local = threading.local()
@@ -246,8 +247,10 @@ class JoinableQueue(Queue):
     def _mark(self, consumer: Consumer) -> None:
         cell = consumer.cell
         cell[DONE] += 1
-        if cell[DONE] + cell[OTHERS] >= consumer.number and (not consumer.items or cell[RECALLED]):  # else join() waits anyway
-            client.post(self._hub, ("done", self._id, (consumer.slot,)))
+        if isinstance(consumer, FarConsumer):
+            consumer.tell()
+        elif cell[DONE] + cell[OTHERS] >= consumer.number and (not consumer.items or cell[RECALLED]):
+            client.post(self._hub, ("done", self._id, (consumer.slot,)))  # else join() waits anyway
 
     def join(self) -> None:
         """Wait until all objects that were put have been marked as done."""
