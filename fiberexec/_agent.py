@@ -8,6 +8,7 @@ Rules:
 - The hub says with each answer what it has heard last of this agent. When that is ``driver_timeout`` seconds ago, however
   late an answer comes, the hub may have given it up: it ends everything, and itself.
 - A worker's end is told after all that it had to say.
+- SIGTERM means that this job is about to be taken away: nothing new begins, what runs may finish within _GRACE.
 - Workers know by the variable FIBEREXEC_JOB that they are in a job: it names a folder with the door and with shipped code.
 """
 
@@ -27,16 +28,20 @@ from typing import Any
 from fiberexec import _config, _platform
 from fiberexec import _messages as messages
 from fiberexec._bundle._job import SHIPPED
-from fiberexec._hub.launch import ADDRESS, DOOR, JOB
+from fiberexec._hub.launch import ADDRESS, DOOR
+from fiberexec._inherited import JOB
 from fiberexec._relay import IN, Relays
-from fiberexec._session import CONTROL, EXCHANGES, KEY_SIZE, PARKED, Session
+from fiberexec._session import ABANDONED, CONTROL, EXCHANGES, KEY_SIZE, PARKED, Session
 from fiberexec._stream import ProtocolError
 from fiberexec.backends.base import Ended, JobEvent, Probed, Recalled, Refused, Started
 from fiberexec.backends.local import LocalBackend
 
 SILENCE = 3.0  # a silent connection is made again after this part of driver_timeout
+_GRACE = 25.0  # seconds; who sends SIGTERM sends SIGKILL a little later
 _BACKLOG = 4 << 20  # bytes on the way to the hub, beyond which workers' output waits
-_UNREACHABLE = 3  # exit code
+# Exit codes.
+UNREACHABLE = 3
+LEFT = 0  # after SIGTERM
 
 
 class Agent:
@@ -58,12 +63,15 @@ class Agent:
         self._called = self._answered = monotonic()  # when the connection was made, when the last answer came
         self._lease = monotonic()  # the hub has heard of this agent at this time, or later
         self._met = False  # it has answered once
+        self._leave_at = float("inf")  # end, whatever runs
+        self._running = 0  # workers
         self._link = self._dial()
         self._door = socket(AF_UNIX, SOCK_STREAM)
         self._door.bind(os.path.join(folder, DOOR))
         self._door.listen(128)
         self._door.setblocking(False)
         self.follow(self._door.fileno(), IN, self._accept)
+        self._follow_signals()
         self._pipes: set[int] = set()  # where workers' output comes from
         self._outputs = {1: self._capture(1), 2: self._capture(2)}  # where it went before, by descriptor
         size = self._local.largest.capacity
@@ -97,6 +105,8 @@ class Agent:
                 return self._give_up()
             if monotonic() > self._silent():
                 self._redial()
+            if monotonic() > self._leave_at or (self._leaving and not self._running and not self._session.backlog):
+                return LEFT
         return 0
 
     def end(self) -> None:
@@ -106,13 +116,32 @@ class Agent:
             os.dup2(before, fd)
 
     def _wakeup(self) -> float:
-        due = min(self._silent(), self._lease + self._timeout) + 0.001
+        due = min(self._silent(), self._lease + self._timeout, self._leave_at) + 0.001
         other = self._local.wakeup()
         return due if other is None else min(due, other)
 
     def _silent(self) -> float:
         """When the connection will have been silent for too long."""
         return max(self._answered, self._called) + self._timeout / SILENCE
+
+    def _follow_signals(self) -> None:
+        wake, wakeup = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.follow(wake, IN, lambda events: self._leave(wake))
+
+    @property
+    def _leaving(self) -> bool:
+        return self._leave_at < float("inf")
+
+    def _leave(self, wake: int) -> None:
+        """SIGTERM has come."""
+        os.read(wake, 64)
+        if not self._leaving:
+            self._leave_at = monotonic() + _GRACE
+            self._say("leaving")
 
     def _watch_backend(self) -> None:
         wanted = set(self._local.fds())
@@ -185,6 +214,10 @@ class Agent:
             if answer is None:
                 self._session.rewind()
                 continue
+            if not answer:
+                self._report("the hub has given this job up")
+                self._ending = True
+                return
             try:
                 packets = self._session.accept(answer)
                 self._answered = monotonic()
@@ -209,6 +242,7 @@ class Agent:
     def _obey(self, verb: str, *args: Any) -> None:
         if verb == "launch":
             worker, self._channels[args[0]] = args
+            self._running += 1
             self._local.launch([worker])
         elif verb == "signal":
             self._local.signal(*args)
@@ -227,14 +261,17 @@ class Agent:
             self._say("started", event.worker, event.pid, event.host)
         elif isinstance(event, Refused):
             self._channels.pop(event.worker, None)
+            self._running -= 1
             self._say("refused", event.worker, str(event.error))
         elif isinstance(event, Ended):
+            self._running -= 1
             channel = self._relays.channels.get(self._channels.pop(event.worker, 0))
             told = "ended", event.worker, tuple(event.exit), event.running
             if channel is None:
                 self._say(*told)
             else:
                 channel.at_close = lambda: self._say(*told)
+                channel.finish()
         elif isinstance(event, Probed):
             self._say("probed", event.worker, tuple(event.cell))
         elif isinstance(event, Recalled):
@@ -258,12 +295,15 @@ class Agent:
     def _give_up(self) -> int:
         if self._met:
             self._report(f"nothing was heard of the hub for {self._timeout:g} seconds: the driver, or the way to it, has gone")
-            return 0
+            return ABANDONED
         self._report(f"the hub at {', '.join(self._credentials['hub'])} cannot be reached: {_diagnose(self._credentials['hub'])}")
-        return _UNREACHABLE
+        return UNREACHABLE
 
     def _report(self, text: str) -> None:
-        os.write(self._outputs[2], f"fiberexec agent {self._credentials['job']}: {text}\n".encode(errors="replace"))
+        try:
+            os.write(self._outputs[2], f"fiberexec agent {self._credentials['job']}: {text}\n".encode(errors="replace"))
+        except OSError:
+            pass  # nobody reads it
 
 
 def _reachable(urls: list[str]) -> str:

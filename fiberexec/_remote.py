@@ -12,15 +12,27 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fiberexec import _bundle, _config
+from fiberexec import _bundle, _config, _platform
 from fiberexec import _messages as messages
 from fiberexec._errors import ConfigError, HubLost, LaunchError
 from fiberexec._hub import client, launch
 from fiberexec._hub.wire import HUB
 from fiberexec._stream import ProtocolError
-from fiberexec.backends.base import Cell, Ended, Exit, JobBackend, JobEvent, Pool, Probed, Recalled, Refused, Resources, Started
+from fiberexec.backends.base import Cell, Ended, Exit, JobBackend, JobEvent, Leaving, Pool, Probed, Recalled, Refused, Resources, Started
 
 _CLOSE_TIMEOUT = 60.0  # seconds that the ends of all jobs may take
+
+
+class Elsewhere:
+    """What a process in a job knows of a backend that the launcher of its program uses for it."""
+
+    def __init__(self, name: str, settings: _config.Settings) -> None:
+        cpu = _platform.cpu_count() if settings.cpu is None else settings.cpu
+        memory = _platform.memory_total() if settings.memory is None else settings.memory
+        self.name = name
+        self.largest = Pool(name, Resources(cpu, memory, settings.gpu or 0))
+        self.default_workers = _platform.cpu_count()
+        self.idle_timeout: float | None = 60.0
 
 
 class RemoteBackend:
@@ -28,7 +40,7 @@ class RemoteBackend:
 
     same_host = False
 
-    def __init__(self, jobs: JobBackend, settings: _config.Settings) -> None:
+    def __init__(self, jobs: JobBackend | Elsewhere, settings: _config.Settings) -> None:
         self.name = jobs.name
         self.host = jobs.name
         self.largest = jobs.largest
@@ -129,7 +141,8 @@ class RemoteBackend:
             except OSError:
                 return  # the hub's end is about to be read
             self._workers[worker] = True
-            pool = Pool(job, self._narrowed(Resources(*size)), tuple(devices))
+            has = self._narrowed(Resources(*size))
+            pool = Pool(job, has, tuple(devices)[: has.gpu])
             self._found.append(Started(worker, pid, host, connection, pool, job))
         elif verb == "refused":
             self._refuse(worker, LaunchError(rest[0], final=rest[1]), rest[1])
@@ -140,6 +153,8 @@ class RemoteBackend:
         elif verb == "probed":
             self._cells[worker] = cell = Cell(*rest[0])
             self._found.append(Probed(worker, cell))
+        elif verb == "leaving":
+            self._found.append(Leaving(worker))
         elif verb == "recalled":
             self._found.append(Recalled(worker, *rest))
 

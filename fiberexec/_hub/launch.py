@@ -20,6 +20,7 @@ from typing import NamedTuple
 from fiberexec import _inherited, _platform
 from fiberexec._hub import folder
 from fiberexec._hub.wire import TOKEN_SIZE
+from fiberexec._inherited import JOB, in_job
 
 _BACKLOG = 1024
 _END_TIMEOUT = 5.0  # seconds
@@ -32,8 +33,7 @@ class Address(NamedTuple):
     token: bytes
 
 
-JOB = "FIBEREXEC_JOB"  # the variable that names a job's folder, in its processes
-DOOR = "hub"  # the socket in it, by which they reach whatever hub
+DOOR = "hub"  # a socket in the folder of a job, by which its processes reach whatever hub
 ADDRESS = "address"  # a file there: the hub's path on its own host, and its token
 _lock = threading.RLock()  # guards all that follows
 _address: Address | None = None
@@ -80,11 +80,6 @@ def reserve() -> Address:
             _address = Address(path, os.urandom(TOKEN_SIZE))
             Finalize(None, close, exitpriority=-100)  # after the queues' -5: they still flush
         return _address
-
-
-def in_job() -> bool:
-    """Whether this process is in a job on another host, and the hub is behind its agent."""
-    return JOB in os.environ
 
 
 def way(hub: Address) -> str:

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from fiberexec._errors import ConfigError
+from fiberexec._inherited import in_job
 from fiberexec.backends.base import Backend, BackendFactory, JobBackend
 
 GROUP = "fiberexec.backends"
@@ -25,6 +26,10 @@ def names() -> list[str]:
 
 def create(name: str, settings: Any, max_workers: int | None) -> Backend:
     """Make the backend of this name. Raises ConfigError for an unknown one, and says which is nearest."""
+    if in_job() and name in _BUILT_IN and name != "local":  # its SDK need not be in the image: who started this job has it
+        from fiberexec._remote import Elsewhere, RemoteBackend
+
+        return RemoteBackend(Elsewhere(name, settings), settings._replace(backend=name))
     backend = _factory(name)(settings, max_workers)
     if isinstance(backend, Backend):
         return backend

@@ -30,11 +30,11 @@ from multiprocessing import connection as _standard
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fiberexec import _config, _platform
+from fiberexec import _platform
 from fiberexec._hub import client, launch
 from fiberexec._hub.wire import HUB
 from fiberexec._serialize import dumps_pieces, loads, register
-from fiberexec.mp.context import METHODS, backend_of, default_context
+from fiberexec.mp.context import shares_host
 
 __all__ = ["Client", "Connection", "ConnectionLost", "Listener", "Pipe", "wait"]
 
@@ -45,6 +45,10 @@ _DESCRIPTORS = struct.pack("!i", -2)
 _MOST_DESCRIPTORS = 250  # in one message: the kernel takes a few more
 _LARGE = 1 << 16  # bytes: from here on a message is not copied together, nor read whole before it is unpickled
 _IOV = 512  # below every platform's IOV_MAX
+_NOT_ACROSS = (
+    "a connection or socket that has a descriptor stays on its host (use a Pipe() of the context or start method whose backend "
+    "the processes run on, a Queue, or a Listener without an address)"
+)
 _CAPACITY = 1 << 20  # bytes that the kernel may keep of what is under way, if it allows that
 
 
@@ -281,13 +285,12 @@ class Connection(_standard.Connection):
 
 def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
     """Two connected ends; unless ``duplex``, the first only receives and the second only sends."""
-    return make_pipe(duplex, default_context.get_start_method(allow_none=True))
+    return make_pipe(duplex, None)
 
 
 def make_pipe(duplex: bool, method: str | None) -> tuple[Connection, Connection]:
     """A pipe for the processes of a start method: through the hub, unless they are on this host."""
-    backend = backend_of(method or METHODS[0]) or _config.load().backend
-    if backend != "local":
+    if not shares_host(method):
         from fiberexec.mp._hubconnection import pipe
 
         return pipe(duplex)
@@ -336,6 +339,8 @@ def _give(pickler: Any, fd: int) -> tuple[Any, ...]:
         descriptors.append(os.dup(fd))
         return (len(descriptors) - 1,)
     hub = launch.address()
+    if launch.in_job():
+        raise OSError(errno.EXDEV, f"{_NOT_ACROSS}: this process is in a job, and the receiver may be on another host")
     id = client.deposit(fd, hub)
     # A process that ends before it has fetched the descriptor must not keep others from hearing that it has ended.
     discard = partial(_discard, id, hub)
@@ -359,6 +364,9 @@ def _take(id: int, *hub: Any) -> int:
         if not hub:
             fd = _arrived.descriptors.pop(id)
             return int(fd)
+        if launch.in_job():
+            _discard(id, launch.Address(*hub))  # so that the other end hears that nobody has it
+            raise OSError(errno.EXDEV, f"{_NOT_ACROSS}: it was pickled on the driver's host, this process is in a job")
         return client.fetch(id, launch.Address(*hub))
     except (LookupError, AttributeError, TypeError):
         text = "this end of a connection has arrived elsewhere already: what was pickled once is unpickled once"

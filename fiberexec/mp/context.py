@@ -31,6 +31,21 @@ def backend_of(method: str) -> str | None:
     return None if method in METHODS else method
 
 
+def shares_host(method: str | None = None) -> bool:
+    """Whether the processes of a start method are on one host with this one, and with whoever hears from them.
+
+    None: the default context's start method.
+    """
+    from fiberexec import _config
+    from fiberexec._hub import launch
+
+    if launch.in_job():
+        return False  # others may be anywhere
+    if method is None:
+        method = default_context.get_start_method(allow_none=True) or METHODS[0]
+    return (backend_of(method) or _config.load().backend) == "local"
+
+
 class FiberContext(BaseContext):
     """``multiprocessing``'s API, bound to a start method: one of multiprocessing's own, or a backend's name."""
 
