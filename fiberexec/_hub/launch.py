@@ -20,7 +20,8 @@ from typing import NamedTuple
 from fiberexec import _inherited, _platform
 from fiberexec._hub import folder
 from fiberexec._hub.wire import TOKEN_SIZE
-from fiberexec._inherited import JOB, in_job
+from fiberexec._inherited import JOB
+from fiberexec._inherited import in_job as in_job
 
 _BACKLOG = 1024
 _END_TIMEOUT = 5.0  # seconds
