@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from fiberexec._errors import LaunchError
 from fiberexec.backends import _docker_errors as errors
 
 _TIMEOUT = 60.0  # seconds that the engine may take for an answer
+_logger = logging.getLogger("fiberexec")
 _SOCKET = "unix:///var/run/docker.sock"
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -34,6 +36,10 @@ class Engine:
                 self._client = import_module("docker").from_env(timeout=_TIMEOUT, max_pool_size=4 * self._at_once)
                 self._answered = True
             return self._client
+
+    def must_be_open(self) -> None:
+        """Raise what the SDK raises if the engine takes no new connections: one that is stopping still answers on old ones."""
+        import_module("docker").from_env(timeout=_TIMEOUT).close()
 
     def drop(self) -> None:
         """Close the client's connections; the next call opens others."""
@@ -100,6 +106,18 @@ def remove(client: Any, container: str) -> None:
     except sdk().APIError as error:
         if error.status_code != 409:  # somebody else removes it just now
             raise
+
+
+def shut(stream: Any) -> None:
+    """Close a stream of the engine's answers. Any thread may, while another reads."""
+    try:
+        stream.close()
+    except Exception as error:  # it has ended, or SSH carries it: then it ends with its connection
+        _logger.debug("closing a stream of Docker's: %r", error)
+    try:
+        stream._response.close()  # what the SDK keeps open
+    except Exception as error:
+        _logger.debug("closing the connection of a stream of Docker's: %r", error)
 
 
 def write(stdin: Any, data: bytes) -> None:

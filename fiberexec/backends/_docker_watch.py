@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fiberexec.backends._docker_engine import shut
+
 _LONGEST = 2.0  # seconds between attempts to reach an engine that is away
 _logger = logging.getLogger("fiberexec")
 
@@ -45,7 +47,7 @@ class Events:
         with self._lock:
             stream, self._stream = self._stream, None
         if stream is not None:
-            _shut(stream)
+            shut(stream)
         self._thread.join(_LONGEST)
 
     def _run(self) -> None:
@@ -76,7 +78,7 @@ class Events:
             if not self._closed.is_set():
                 self._stream = stream
                 return
-        _shut(stream)
+        shut(stream)
 
     def _read(self) -> None:
         stream = self._stream
@@ -89,15 +91,4 @@ class Events:
         finally:
             with self._lock:
                 self._stream = None
-            _shut(stream)
-
-
-def _shut(stream: Any) -> None:
-    try:
-        stream.close()
-    except Exception as error:  # it has ended, or SSH carries it: then it ends with its connection
-        _logger.debug("closing Docker's events: %r", error)
-    try:
-        stream._response.close()  # what the SDK keeps open
-    except Exception as error:
-        _logger.debug("closing the connection of Docker's events: %r", error)
+            shut(stream)

@@ -23,7 +23,7 @@ from fiberexec import _platform
 from fiberexec._errors import FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
-from fiberexec.backends._docker_engine import Engine, remove, sdk, write
+from fiberexec.backends._docker_engine import Engine, remove, sdk, shut, write
 from fiberexec.backends._docker_images import EARLY, Image, Images
 from fiberexec.backends._docker_watch import Connected, Events, Happened
 from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
@@ -116,7 +116,9 @@ class DockerBackend:
         wanted = self._options
         command = [wanted.python or job.command[0], *job.command[1:]]
         entrypoint = None if wanted.entrypoint is None else [*wanted.entrypoint, *command]
-        environment = {"HOME": "/tmp", "USER": "fiberexec"} if image.user and wanted.user is None else {}
+        environment = {"FIBEREXEC_IMAGE": image.name}
+        if image.user and wanted.user is None:
+            environment.update(HOME="/tmp", USER="fiberexec")
         container = {"working_dir": image.folder, **wanted.container}
         api = client.api
         made = api.create_container(
@@ -234,6 +236,10 @@ class DockerBackend:
                     remove(client, job)
                     with self._lock:
                         self._leftover.discard(job)
+                if known is not None and known.killed and not (unwanted or outage):
+                    doubtful[job] = outage = True  # was it somebody, or is the engine being stopped?
+                    self._engine.must_be_open()
+                    outage = False
                 exit = self._end_of(client, job, known, outage) if known is not None else None
             except Exception as error:
                 _logger.debug("Docker does not say how %s is: %r", job, error)
@@ -352,7 +358,7 @@ class DockerBackend:
             if rest:
                 yield rest.decode("utf-8", "replace")
         finally:
-            pieces.close()
+            shut(pieces)
 
     def remove(self, program: str) -> int:
         """Kill and remove all containers of a program; returns how many there were."""

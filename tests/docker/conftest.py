@@ -1,0 +1,213 @@
+"""A Docker engine for tests: the machine's own, and one that can be stopped."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import services
+from services.base import wait_until
+
+from fiberexec import _config
+from fiberexec.backends.base import Exit, Job, JobEnded
+
+DEADLINE = 30.0  # seconds, for what takes less than one where nothing else runs
+_numbers = itertools.count(1)
+
+
+def settings(**arguments: Any) -> _config.Settings:
+    """What an executor with these arguments has."""
+    return _config.load(backend="docker", **arguments)
+
+
+class Place:
+    """A backend whose ends are collected by a thread, as the launcher does."""
+
+    def __init__(self, **arguments: Any) -> None:
+        from fiberexec.backends.docker import DockerBackend
+
+        self.backend = DockerBackend(settings(**arguments))
+        self.program = f"test-{os.getpid()}-{next(_numbers)}"
+        self._changed = threading.Condition()
+        self._ended: list[JobEnded] = []
+        self._thread = threading.Thread(target=self.backend.watch, args=(self._report,), name="watch")
+        self._thread.start()
+
+    def _report(self, ended: list[JobEnded]) -> None:
+        with self._changed:
+            self._ended += ended
+            self._changed.notify_all()
+
+    @property
+    def ended(self) -> list[JobEnded]:
+        with self._changed:
+            return list(self._ended)
+
+    def job(self, number: int, code: str, credentials: bytes = b"") -> Job:
+        return Job(f"{self.program}-{number}", self.program, ("python", "-c", code), credentials)
+
+    def start(self, number: int, code: str, credentials: bytes = b"") -> str:
+        job = self.job(number, code, credentials)
+        self.backend.start(job)
+        return job.id
+
+    def end(self, job: str, seconds: float = DEADLINE) -> Exit:
+        """How the job ended. Waits until it has."""
+
+        def found() -> list[Exit]:
+            return [one.exit for one in self._ended if one.job == job]
+
+        with self._changed:
+            assert self._changed.wait_for(found, seconds), f"{job} has not ended: {self.backend.explain(job)}"
+            assert len(found()) == 1
+            return found()[0]
+
+    def says(self, job: str, text: str) -> None:
+        """Wait until a job has written a line that contains the text."""
+        assert any(text in line for line in self.backend.logs(job, follow=True))
+
+    def close(self) -> None:
+        self.backend.remove(self.program)
+        self.backend.close()
+        self._thread.join(DEADLINE)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def place() -> Iterator[Callable[..., Place]]:
+    """Makes Places: place(image=..., backend_options=...). Their containers go when the test ends."""
+    made: list[Place] = []
+
+    def make(**arguments: Any) -> Place:
+        if "image" not in arguments:
+            arguments["image"] = services.bare_image()
+        made.append(Place(**arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+    gc.collect()  # Docker's SDK leaves the socket of a connection that is refused to the garbage collector
+
+
+@pytest.fixture
+def image() -> str:
+    """An image with Python, without fiberexec."""
+    return services.bare_image()
+
+
+def docker(*arguments: str) -> str:
+    """Run Docker's own command."""
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class Engine:
+    """A Docker engine of the tests' own, with one image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = f"unix://{folder}/docker.sock"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def _run(self, name: str, *command: str) -> None:
+        with open(self.folder / f"{name}.log", "ab") as log:
+            self._processes[name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def docker(self, *arguments: str) -> str:
+        done = subprocess.run(["docker", "-H", self.url, *arguments], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def answers(self) -> bool:
+        command = ["docker", "-H", self.url, "version"]
+        return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+
+    def up(self) -> None:
+        if "containerd" not in self._processes:
+            config = self.folder / "containerd.toml"
+            config.write_text(
+                f'version = 2\nroot = "{self.folder}/c"\nstate = "{self.folder}/cs"\n'
+                'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+                f'[grpc]\naddress = "{self.folder}/c.sock"\n'
+            )
+            self._run("containerd", "containerd", "--config", str(config))
+            wait_until((self.folder / "c.sock").exists, DEADLINE)
+        (self.folder / "pid").unlink(missing_ok=True)
+        self._run(
+            "dockerd",
+            *(
+                "unshare",
+                "--net",
+                "dockerd",
+                "--host",
+                self.url,
+                "--containerd",
+                f"{self.folder}/c.sock",
+                "--pidfile",
+                f"{self.folder}/pid",
+            ),
+            *("--data-root", f"{self.folder}/d", "--exec-root", f"{self.folder}/e", "--shutdown-timeout", "2"),
+            *("--bridge", "none", "--iptables=false", "--ip-masq=false"),  # the other engine's are left alone
+        )
+        wait_until(self.answers, DEADLINE)
+        assert self.answers(), (self.folder / "dockerd.log").read_text()[-2000:]
+
+    def down(self, how: signal.Signals = signal.SIGTERM) -> None:
+        self._stop("dockerd", how)
+
+    def _stop(self, name: str, how: signal.Signals) -> None:
+        process = self._processes.pop(name, None)
+        if process is not None:
+            process.send_signal(how)
+            process.wait(DEADLINE)
+
+    def remove(self) -> None:
+        if "dockerd" in self._processes and self.answers():
+            for one in self.docker("ps", "-aq").split():
+                self.docker("rm", "-f", one)
+        for name in ("dockerd", "containerd"):
+            self._stop(name, signal.SIGTERM)
+        with open("/proc/mounts") as mounts:
+            places = [line.split()[1] for line in mounts]
+        for one in sorted((one for one in places if one.startswith(str(self.folder))), reverse=True):
+            subprocess.run(["umount", "-l", one], check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def own_engine() -> Iterator[Engine]:
+    """An engine that may be stopped: nobody else uses it."""
+    image = services.bare_image()
+    if os.geteuid() != 0 or not all(map(shutil.which, ("dockerd", "containerd"))):
+        pytest.skip("only root can start a Docker engine of the tests' own, with dockerd and containerd")
+    engine = Engine(Path(tempfile.mkdtemp(prefix="fx", dir="/var/tmp")))  # overlayfs does not work on overlayfs
+    try:
+        engine.up()
+        with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as save:
+            subprocess.run(["docker", "-H", engine.url, "load"], stdin=save.stdout, check=True, timeout=100)
+        yield engine
+    finally:
+        engine.remove()
+
+
+def eventually(holds: Callable[[], bool], seconds: float = DEADLINE) -> None:
+    """Wait until something holds, at most so long."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.05)
