@@ -44,6 +44,7 @@ class Relay:
         self._written = 0  # bytes for which no credit has been given yet
         self._ending = False  # the other end has closed
         self._deaf = False  # nobody reads what is written to the socket
+        self._last = False  # nobody writes to it any more: what can be read at once is all
         self._events = 0
         self.at_close: Callable[[], None] | None = None
         sock.setblocking(False)
@@ -72,7 +73,9 @@ class Relay:
         try:
             data = self._socket.recv(min(PIECE, self._credit))
         except (BlockingIOError, InterruptedError):
-            return
+            if not self._last:
+                return
+            data = b""
         except OSError:
             data = b""
         if not data:
@@ -94,7 +97,16 @@ class Relay:
     def grant(self, credit: int) -> None:
         """The other end has written so many bytes."""
         self._credit += credit
-        self._follow()
+        if self._last:
+            self.finish()
+        else:
+            self._follow()
+
+    def finish(self) -> None:
+        """Whoever wrote to the socket has gone, though others may have inherited his end: read the rest, and close."""
+        self._last = True
+        while self._credit and not self.closed:
+            self._read()
 
     def end(self) -> None:
         """The other end has closed: so does this one, when everything is written."""

@@ -146,6 +146,8 @@ class Switchboard:
                 events.append(ev.Probed(event.worker, event.cell.running, event.cell.seconds))
             elif isinstance(event, base.Recalled):
                 events.append(ev.RecallDone(event.worker, event.claimed))
+            elif isinstance(event, base.Leaving):
+                events.append(ev.WorkerLeaving(event.worker))
             else:
                 ended = self.connections.get(event.worker)
                 if ended is not None:

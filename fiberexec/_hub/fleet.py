@@ -23,15 +23,16 @@ from fiberexec import _messages as messages
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
 from fiberexec._hub.switch import MARGIN, AgentLink
 from fiberexec._hub.wire import EVENT
+from fiberexec._session import ABANDONED
 from fiberexec._stream import ProtocolError
 
 if TYPE_CHECKING:
     from fiberexec._hub.server import Hub, Peer, Process
 
 LINGER = 5.0  # seconds that a job without a worker stays
+_UNKNOWN = (None, "", "", False)  # an Exit
 _END = 1.0  # seconds that an agent has to end by itself
 _OUTPUT = 16 << 20  # bytes of workers' output that wait for an owner who does not read
-_LOST = (None, "its agent has not been heard of", "", True)  # an Exit
 
 
 class Subscriber:
@@ -65,7 +66,8 @@ class Job:
         self.workers: dict[int, Worker] = {}
         self.ending = False
         self.ended = False
-        self.is_lost = False
+        self.leaving = False  # its host takes it away soon
+        self.why_lost = ""  # its agent is not listened to any more
         self.hello: tuple[Any, ...] | None = None  # what its agent said of itself
         hub = fleet.hub
         self.link = hub.switch.links[id] = AgentLink(hub.switch, fleet.timeout, self.obey, self.lost)
@@ -74,7 +76,7 @@ class Job:
 
     @property
     def free(self) -> bool:
-        return not self.ending and len(self.workers) < self.fleet.workers_per_job
+        return not self.ending and not self.leaving and len(self.workers) < self.fleet.workers_per_job
 
     def add(self, worker: int) -> None:
         """Start a worker as soon as there is an agent."""
@@ -112,20 +114,28 @@ class Job:
             if worker in self.workers:
                 self.workers[worker].started = True
                 tell("started", worker, pid, host, self.id, *self.hello)
+                if self.leaving:
+                    tell("leaving", worker)
         elif verb == "refused":
             self._refuse(args[0], args[1], False)
         elif verb == "ended":
-            self._end(*args)
+            worker, exit, running = args
+            self._end(worker, self._judged(exit), running)
+        elif verb == "leaving":
+            self.leaving = True
+            for worker in self.workers:
+                tell("leaving", worker)
         elif verb in ("probed", "recalled"):
             tell(verb, *args)
         else:
             raise ProtocolError(f"an agent says {verb!r}")
 
-    def lost(self) -> None:
+    def lost(self, why: str) -> None:
         """Nothing has been heard of the agent for so long that it has ended itself, or is stopped."""
-        self.is_lost = True
-        self.terminate()
-        self.fleet.hub.at(monotonic() + MARGIN, Timer(lambda: self.end(_LOST)))  # whatever the backend can find out
+        if not self.why_lost:
+            self.why_lost = why
+            self.terminate()
+            self.fleet.hub.at(monotonic() + MARGIN, Timer(lambda: self.end(_UNKNOWN)))  # whatever the backend can find out
 
     def fail(self, text: str, final: bool) -> None:
         """The job could not be started."""
@@ -142,17 +152,24 @@ class Job:
             self.fail(_explain(self.id, exit), False)
             return
         self.ending = self.ended = True
-        if self.is_lost:
-            exit = _LOST
+        exit = self._judged(exit)
         for worker, found in list(self.workers.items()):
             if not found.started:
                 self._refuse(worker, _explain(self.id, exit), False)
                 continue
-            relay = self.link.relays.channels.get(found.channel)
-            if relay is not None:
-                relay.end()
             self._end(worker, exit, None)
         self._forget()
+
+    def _judged(self, exit: tuple[Any, ...]) -> tuple[Any, ...]:
+        """An Exit that says whether what runs in the job can have caused it."""
+        code, reason, log, infrastructure = exit
+        if self.why_lost:
+            return code, self.why_lost, log, True
+        if self.leaving:
+            return code, reason or "its host took the job away", log, True
+        if code == ABANDONED:
+            return code, "the hub was out of its reach", log, True
+        return code, reason, log, infrastructure
 
     def give_up(self, worker: int) -> None:
         """A worker that has not started is not wanted any more."""
@@ -192,6 +209,7 @@ class Job:
             self.fleet.tell("ended", worker, tuple(exit), running)
         else:
             relay.at_close = lambda: self.fleet.tell("ended", worker, tuple(exit), running)
+            relay.end()
         self._linger()
 
     def _linger(self) -> None:

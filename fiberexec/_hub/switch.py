@@ -33,9 +33,9 @@ MARGIN = 5.0  # seconds beyond driver_timeout
 
 
 class AgentLink:
-    """One agent. ``obey`` takes what it says, ``lost`` is called when it is given up."""
+    """One agent. ``obey`` takes what it says, ``lost`` is called with the reason when it is given up."""
 
-    def __init__(self, switch: Switch, timeout: float, obey: Callable[..., None], lost: Callable[[], None]) -> None:
+    def __init__(self, switch: Switch, timeout: float, obey: Callable[..., None], lost: Callable[[str], None]) -> None:
         self._switch = switch
         self._timeout = timeout
         self._obey = obey
@@ -65,11 +65,15 @@ class AgentLink:
                 old, waiting = self._parked.popleft()
                 old.answer(waiting, ())
             self._session.rewind()
-        for packet in packets:
-            if packet.kind == CONTROL:
-                self._obey(*messages.decode(bytes(packet.data)))
-            else:
-                self.relays.handle(packet)
+        try:
+            for packet in packets:
+                if packet.kind == CONTROL:
+                    self._obey(*messages.decode(bytes(packet.data)))
+                else:
+                    self.relays.handle(packet)
+        except (ProtocolError, TypeError, ValueError, LookupError, AttributeError) as error:
+            self._lost(f"its agent said what nobody understands: {error!r}")
+            raise ProtocolError("no agent of this version") from error
         if self._closed or exchange.pipe != self._pipe:
             listener.answer(exchange, ())
             return
@@ -116,7 +120,7 @@ class AgentLink:
         now = monotonic()
         pause = self._timeout / BEATS
         if self._heard and now > self._heard + self._timeout + MARGIN:
-            self._lost()
+            self._lost("its agent has not been heard of")
             return
         if self._parked and self._heard >= self._beaten:  # no more than one answer to an agent that says nothing
             assert self._session is not None

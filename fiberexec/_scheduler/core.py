@@ -43,6 +43,7 @@ class Scheduler:
             ev.WorkerStarted: self._worker_started,
             ev.WorkerReady: self._crew.ready,
             ev.WorkerRefused: self._crew.refused,
+            ev.WorkerLeaving: self._worker_leaving,
             ev.WorkerEnded: self._worker_ended,
             ev.Replied: self._replied,
             ev.Probed: self._probed,
@@ -280,7 +281,7 @@ class Scheduler:
 
     def _probed(self, event: ev.Probed) -> None:
         worker = self.fleet.workers.get(event.worker)
-        if worker is not None and worker.state is BUSY and self._watch.judge(worker, event.running, event.seconds):
+        if worker is not None and worker.state in (BUSY, DRAINING) and self._watch.judge(worker, event.running, event.seconds):
             self._crew.stop(worker)
 
     # -- workers
@@ -289,6 +290,17 @@ class Scheduler:
         worker = self.fleet.workers.get(event.worker)
         if worker is not None and worker.pool is None:
             self.fleet.place(worker, event.job, event.pool)
+
+    def _worker_leaving(self, event: ev.WorkerLeaving) -> None:
+        worker = self.fleet.workers.get(event.worker)
+        if worker is None:
+            return
+        if worker.state is BUSY:
+            if worker.items > 1:
+                self._watch.recall(worker)  # what it has not begun goes elsewhere
+            self._crew.leave(worker)
+        elif worker.state in (IDLE, STARTING):
+            self._crew.retire(worker)
 
     def _worker_ended(self, event: ev.WorkerEnded) -> None:
         worker = self.fleet.workers.get(event.worker)

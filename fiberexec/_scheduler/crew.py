@@ -151,6 +151,12 @@ class Crew:
             self._agenda.actions.append(ev.Drain(worker.id))
             self._agenda.at(self._agenda.now + 2 * self._limits.grace, self.kill, worker.id)
 
+    def leave(self, worker: WorkerRecord) -> None:
+        """Let a busy worker finish what it has begun, and go."""
+        self._fleet.hungry.pop(worker.id, None)
+        worker.step("drain")
+        self._agenda.actions.append(ev.Drain(worker.id))
+
     def stop(self, worker: WorkerRecord) -> None:
         """SIGTERM now, SIGKILL after the grace."""
         if worker.state is not STOPPING:

@@ -51,6 +51,12 @@ class WorkerRefused(NamedTuple):
     delay: float | None
 
 
+class WorkerLeaving(NamedTuple):
+    """A worker will be taken away soon."""
+
+    worker: int
+
+
 class WorkerEnded(NamedTuple):
     """A worker's process has ended; ``running`` is its item's number, 0 for none, None for unknown."""
 

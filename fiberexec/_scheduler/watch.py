@@ -9,7 +9,7 @@ from fiberexec._scheduler.agenda import Agenda
 from fiberexec._scheduler.fleet import Fleet
 from fiberexec._scheduler.hands import isolate, unit_of
 from fiberexec._scheduler.records import Limits, WorkerRecord
-from fiberexec._states import BUSY
+from fiberexec._states import BUSY, DRAINING
 
 _RECALLS = 4  # at once, more than there are idle workers: many silent workers mean that it is us who are late
 _SOON = 0.001  # seconds between two looks at a worker that is about to reach what is to be stopped
@@ -78,7 +78,7 @@ class Watch:
         if worker is None or worker.look_at > self._agenda.now:
             return  # it has gone, or another look has come in between
         worker.look_at = inf
-        if worker.state is BUSY and any(
+        if worker.state in (BUSY, DRAINING) and any(
             unit.task.profile.timeout is not None or unit.task.doom is not None for unit in worker.inflight
         ):
             self.probe(worker)

@@ -104,7 +104,13 @@ class Recalled(NamedTuple):
     claimed: int
 
 
-JobEvent = Started | Refused | Ended | Probed | Recalled
+class Leaving(NamedTuple):
+    """A worker's host will take it away soon: it should begin nothing new. Its Ended follows."""
+
+    worker: int
+
+
+JobEvent = Started | Refused | Ended | Probed | Recalled | Leaving
 
 
 @runtime_checkable
