@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -215,24 +215,24 @@ class Pipe(Shared):
     def _add(self, end: End, message: Message) -> None:
         end.inbox.append(message)
         self._grow(end, message.size)
-        _bind(self.hub, message.tickets, None)
+        bind(self.hub, message.tickets, None)
 
     def _deliver(self, end: End, wait: Wait) -> None:
         message = end.inbox.popleft()
         self._grow(end, -message.size)
         peer = wait.peer
-        _bind(self.hub, message.tickets, peer.process)
+        bind(self.hub, message.tickets, peer.process)
         wait.leave()
         peer.undo = partial(self._put_back, end, message)
         peer.reply((message.data, message.tickets), message.buffers)
 
     def _put_back(self, end: End, message: Message) -> None:
         if end.closed:
-            self._drop(message.tickets)
+            discard(self.hub, message.tickets)
             return
         end.inbox.appendleft(message)
         self._grow(end, message.size)
-        _bind(self.hub, message.tickets, None)
+        bind(self.hub, message.tickets, None)
         self._move(end)
 
     def _leave(self, end: End, room: int) -> None:
@@ -257,19 +257,12 @@ class Pipe(Shared):
         end.tickets.pop(number, None)
         self._look(end)
 
-    def _drop(self, tickets: Sequence[Ticket]) -> None:
-        """Discard tickets, later: what closes then may hold tickets itself, and so on without an end."""
-        for id, index, number in tickets:
-            pipe = self.hub.objects.get(id)
-            if isinstance(pipe, Pipe):
-                self.hub.at(0.0, Timer(partial(pipe._discard, index, number)))
-
     def _look(self, end: End) -> None:
         """Close an end that nobody holds, and let go on what waited for a change."""
         if not end.closed and not end.holders and not end.tickets:
             end.closed = True
             for message in end.inbox:
-                self._drop(message.tickets)
+                discard(self.hub, message.tickets)
             end.inbox.clear()
             end.rooms.clear()
             self._grow(end, -end.size)
@@ -330,7 +323,7 @@ def _find(hub: Hub, id: int, index: int) -> End:
     return end
 
 
-def _bind(hub: Hub, tickets: Sequence[Ticket], process: Process | None) -> None:
+def bind(hub: Hub, tickets: Sequence[Ticket], process: Process | None) -> None:
     """Let tickets go with a process; None: with the message that carries them."""
     for id, index, number in tickets:
         pipe = hub.objects.get(id)
@@ -338,6 +331,14 @@ def _bind(hub: Hub, tickets: Sequence[Ticket], process: Process | None) -> None:
             pipe._ends[index].tickets[number] = process
             if process is not None:
                 process.uses[pipe] = None
+
+
+def discard(hub: Hub, tickets: Iterable[Ticket]) -> None:
+    """Discard tickets, later: what closes then may hold tickets itself, and so on without an end."""
+    for id, index, number in tickets:
+        pipe = hub.objects.get(id)
+        if isinstance(pipe, Pipe):
+            hub.at(0.0, Timer(partial(pipe._discard, index, number)))
 
 
 def _broken() -> OSError:

@@ -28,6 +28,7 @@ from fiberexec import _messages as messages
 from fiberexec import _platform
 from fiberexec._hub import janitor, launch
 from fiberexec._hub.fleet import Fleet, Launcher
+from fiberexec._hub.listeners import Listener
 from fiberexec._hub.locks import Barrier, Condition, Event, Semaphore
 from fiberexec._hub.pipes import Pipe
 from fiberexec._hub.queues import Queue
@@ -44,9 +45,10 @@ _READ = 1 << 16
 KINDS: dict[str, Callable[..., Shared]] = {
     "barrier": Barrier,
     "condition": Condition,
+    "event": Event,
     "fleet": Fleet,
     "launcher": Launcher,
-    "event": Event,
+    "listener": Listener,
     "pipe": Pipe,
     "queue": Queue,
     "semaphore": Semaphore,

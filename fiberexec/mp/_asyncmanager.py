@@ -84,7 +84,9 @@ class Line:
     def close(self) -> None:
         """Let the reader end; no call is waiting."""
         with self._lock, contextlib.suppress(OSError):
-            if not self._conn.closed:
+            if self._conn.by_hub:
+                self._conn.close()
+            elif not self._conn.closed:
                 with socket.fromfd(self._conn.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
 

@@ -31,7 +31,7 @@ _sending = threading.local()  # tickets: those that what this thread pickles for
 class HubConnection(Connection):
     """One end of a pipe that passes through the hub: a ``Connection``, but without a descriptor."""
 
-    _by_hub = True
+    by_hub = True
 
     def __init__(self, hub: Address, id: int, end: int, readable: bool = True, writable: bool = True) -> None:
         super().__init__(id, readable, writable)
@@ -42,8 +42,10 @@ class HubConnection(Connection):
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
-            with suppress(Exception):  # the hub has gone, or the interpreter is going
+            try:
                 self.close()
+            except Exception:
+                pass  # the hub has gone, or the interpreter is going, and suppress() with it
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reduce(None, self)
@@ -197,10 +199,10 @@ def _reduce(pickler: Any, connection: HubConnection) -> tuple[object, ...]:
         at_end.append(discard)
     if pickler is not None:
         pickler.undo = (*getattr(pickler, "undo", ()), discard)
-    return _make, (type(connection), tuple(hub), ticket, connection.readable, connection.writable)
+    return make, (type(connection), tuple(hub), ticket, connection.readable, connection.writable)
 
 
-def _make(
+def make(
     cls: type[HubConnection], address: tuple[str, bytes], ticket: Ticket, readable: bool, writable: bool
 ) -> HubConnection:
     hub = Address(*address)

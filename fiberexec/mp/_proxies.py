@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.process import current_process
 from typing import Any
 
-from fiberexec._errors import FiberError
+from fiberexec._errors import FiberError, HubLost
 from fiberexec._serialize import PicklingError
 from fiberexec.mp.connection import Client, Listener
 
@@ -59,6 +59,7 @@ class Server(multiprocessing.managers.Server):
 
     public = [*standard.Server.public, "issue", "redeem", "get_proxytype"]  # noqa: RUF012
 
+    listener: Any
     registry: dict[str, tuple[Any, ...]]
 
     def __init__(self, *args: Any) -> None:
@@ -79,6 +80,17 @@ class Server(multiprocessing.managers.Server):
                     conn.send(("#TRACEBACK", traceback.format_exc()))
                 except OSError:
                     return
+
+    def accepter(self) -> None:
+        """Let each connection have a thread, as the standard's; not for ever when there is nothing more to come."""
+        while True:
+            try:
+                conn = self.listener.accept()
+            except HubLost:
+                return
+            except OSError:
+                continue
+            threading.Thread(target=self.handle_request, args=(conn,), daemon=True).start()
 
     def create(self, c: Any, typeid: str, /, *args: Any, **kwds: Any) -> Any:
         """Make an object, as the standard's; what ends a thread does not end it here."""

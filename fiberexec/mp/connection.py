@@ -45,9 +45,10 @@ _DESCRIPTORS = struct.pack("!i", -2)
 _MOST_DESCRIPTORS = 250  # in one message: the kernel takes a few more
 _LARGE = 1 << 16  # bytes: from here on a message is not copied together, nor read whole before it is unpickled
 _IOV = 512  # below every platform's IOV_MAX
+HUB_NAME = "fiberexec-hub:"  # how the address of a listener in the hub begins
 _NOT_ACROSS = (
-    "a connection or socket that has a descriptor stays on its host (use a Pipe() of the context or start method whose backend "
-    "the processes run on, a Queue, or a Listener without an address)"
+    "a connection or socket that has a descriptor stays on its host (use a Pipe() of the backend that the processes run on, a "
+    "Queue, or a Listener without an address)"
 )
 _CAPACITY = 1 << 20  # bytes that the kernel may keep of what is under way, if it allows that
 
@@ -122,7 +123,7 @@ class Connection(_standard.Connection):
     """
 
     _handle: int
-    _by_hub = False  # a pipe that passes through the hub
+    by_hub = False  # a pipe that passes through the hub
     _local: bool | None = None  # whether descriptors can go with a message; None: not known yet
     if TYPE_CHECKING:  # what the base class has
 
@@ -307,12 +308,12 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
     If none can, wait for one, ``timeout`` seconds at most; None: as long as it takes.
     """
     objects = list(object_list)
-    ends = [each for each in objects if getattr(each, "_by_hub", False)]
+    ends = [each for each in objects if getattr(each, "by_hub", False)]
     if not ends:
         return _standard.wait(objects, timeout)
     from fiberexec.mp._hubconnection import ready
 
-    others = [each for each in objects if not getattr(each, "_by_hub", False)]
+    others = [each for each in objects if not getattr(each, "by_hub", False)]
     found: list[Any] = [*ready(ends, 0).result(), *_standard.wait(others, 0)]
     if not found and (timeout is None or timeout > 0):
         answer: Any = ready(ends, None)
@@ -399,12 +400,32 @@ register(socket.socket, _reduce_socket)
 
 def _adopt(plain: Any) -> Connection:
     """A standard connection as one of ours."""
+    if isinstance(plain, Connection):
+        return plain
     fd, plain._handle = plain._handle, None
     return Connection(fd, plain.readable, plain.writable)
 
 
 class Listener(_standard.Listener):
-    """``multiprocessing.connection.Listener``, whose connections are fiberexec's."""
+    """``multiprocessing.connection.Listener``, whose connections are fiberexec's.
+
+    Without address and family, and where processes may be on other hosts, it has a name in the hub as its ``address``, and is
+    reached by every process of the program and by nobody else.
+    """
+
+    _listener: Any
+    _authkey: bytes | None
+
+    def __init__(self, address: Any = None, family: str | None = None, backlog: int = 1, authkey: bytes | None = None) -> None:
+        if address is not None or family is not None or shares_host():
+            super().__init__(address, family, backlog, authkey)
+            return
+        if authkey is not None and not isinstance(authkey, bytes):
+            raise TypeError("authkey should be a byte string")
+        from fiberexec.mp._hublistener import Backlog
+
+        self._listener = Backlog()
+        self._authkey = authkey
 
     def accept(self) -> Connection:
         """Wait for a client, as the standard's; raises ``AuthenticationError`` for one without the key."""
@@ -413,6 +434,10 @@ class Listener(_standard.Listener):
 
 def Client(address: Any, family: str | None = None, authkey: bytes | None = None) -> Connection:
     """Connect to a ``Listener``, this module's or multiprocessing's."""
+    if isinstance(address, str) and address.startswith(HUB_NAME):
+        from fiberexec.mp._hublistener import connect
+
+        return connect(address, authkey)
     return _adopt(_standard.Client(address, family, authkey))
 
 
