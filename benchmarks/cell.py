@@ -13,7 +13,7 @@ from collections.abc import Callable
 from . import weight
 from .memory import million, waves
 from .mp import MP_WORKLOADS, context
-from .peers import PEERS
+from .peers import LINKS, PEERS
 from .workloads import WORKLOADS
 
 MARK = "RESULT "
@@ -47,7 +47,8 @@ def measure_cell(peer_name: str, workload: str, quick: bool) -> dict[str, float]
         if weight.is_asked():
             weight.raise_all()
         return {workload: MP_WORKLOADS[workload](context(peer_name), quick)}
-    peer = PEERS[peer_name]()
+    link, task = workload.startswith("link_"), workload.removeprefix("link_")
+    peer = (LINKS if link and peer_name in LINKS else PEERS)[peer_name]()
     workers = 5 if workload in FIVE_WORKERS else 2
     peer.open(workers)
     peer.warm(workers)
@@ -57,7 +58,7 @@ def measure_cell(peer_name: str, workload: str, quick: bool) -> dict[str, float]
     if workload in long_runs:
         numbers = long_runs[workload](peer, quick)
     else:
-        numbers = {workload: WORKLOADS[workload](peer, quick)}
+        numbers = {workload: WORKLOADS[task](peer, quick)}
     peer.close()
     return numbers
 

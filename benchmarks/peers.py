@@ -137,6 +137,18 @@ class Fiberexec(Peer):
         self.pool = FiberExecutor(workers)
 
 
+class FiberexecLink(Peer):
+    """Workers under agents, as on other hosts: hub, mutual TLS, agent. For the rows of the link alone."""
+
+    name = "fiberexec-link"
+    needs = "fiberexec"
+
+    def open(self, workers: int) -> None:
+        from fiberexec import FiberExecutor
+
+        self.pool = FiberExecutor(workers, backend="agents")
+
+
 class DaskExecutor(Peer):
     name = "dask"
     needs = "distributed"
@@ -171,6 +183,24 @@ class Threads(Peer):
         self.wait([self.submit(tasks.whoami, 0.02) for _ in range(2 * workers)])
 
 
+class DaskLink(DaskExecutor):
+    """With TLS, and keys of its own for each program: for the rows of the link alone."""
+
+    name = "dask-link"
+
+    def open(self, workers: int) -> None:
+        from importlib import import_module
+
+        distributed = import_module("distributed")
+        security = import_module("distributed.security").Security.temporary()
+        self.cluster = distributed.LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address=None, security=security, protocol="tls://"
+        )
+        self.client = distributed.Client(self.cluster, security=security)
+        self.pool = self.client.get_executor(pure=False)
+
+
+LINKS: dict[str, type[Peer]] = {Fiberexec.name: FiberexecLink, DaskExecutor.name: DaskLink}  # what stands for whom there
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer for peer in (StdlibFork, StdlibSpawn, MpPool, MpSpawn, Loky, Pebble, Fiberexec, DaskExecutor, Threads)
 }

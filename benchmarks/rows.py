@@ -45,6 +45,7 @@ class Row:
 
 OURS = ("fiberexec",)
 LOKY = ("loky", "fiberexec")
+LINK = (BASE, "dask", "fiberexec")
 BOTH: Any = {"against": MpSpawn.name, "peers": (MpSpawn.name, "fiberexec")}
 # fmt: off
 ROWS = (
@@ -66,6 +67,10 @@ ROWS = (
     Row("waves_time", "... time for a task, end/start", "x", 1.2, False, "", "waves", OURS),
     Row("scheduler", "the scheduler alone, 1,000 workers, batches", "tasks/s", 250_000, True, "", peers=OURS),
     Row("scheduler_flat", "... cost of a task, 1,000 over 10", "x", 1.25, False, "", "scheduler", OURS),
+    Row("link_latency", "over the link with mutual TLS: latency", "µs", 4.5, False, peers=LINK),
+    Row("link_submit", "... `submit()` of 10,000 tiny tasks", "tasks/s", 5, peers=LINK),
+    Row("link_echo_64m", "... echo of a 64 MiB array, one at a time", "MB/s", 0.7, peers=LINK),
+    Row("link_beside", "... a small task beside 64 MiB ones, p99", "ms", 20, False, "", peers=("fiberexec",), digits=1),
     Row("mp_map_1e5", "`mp.Pool.map` of 1e5 tiny items", "items/s", 1, **BOTH),
     Row("mp_map_1e6", "`mp.Pool.map` of 1e6 tiny items", "items/s", 1, **BOTH),
     Row("mp_queue", "`mp.Queue`, small items", "items/s", 1, **BOTH),

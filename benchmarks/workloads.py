@@ -171,6 +171,33 @@ def shutdown(peer: Peer, quick: bool) -> float:
     return statistics.median(times) * 1e3
 
 
+def beside(peer: Peer, quick: bool) -> float:
+    """Milliseconds that the slowest hundredth of small tasks takes while one 64 MiB array after the other is echoed."""
+    import threading
+
+    import numpy as np
+
+    array = np.zeros(64 * MIB, np.uint8)
+    over = threading.Event()
+
+    def echo() -> None:
+        while not over.is_set():
+            peer.wait([peer.submit(tasks.echo, array)])
+
+    thread = threading.Thread(target=echo)
+    thread.start()
+    times = []
+    try:
+        for _ in range(100 if quick else 1000):
+            start = time.perf_counter()
+            peer.wait([peer.submit(tasks.noop)])
+            times.append(time.perf_counter() - start)
+    finally:
+        over.set()
+        thread.join()
+    return statistics.quantiles(times, n=100)[-1] * 1e3
+
+
 WORKLOADS: dict[str, Workload] = {
     function.__name__: function
     for function in (
@@ -183,6 +210,7 @@ WORKLOADS: dict[str, Workload] = {
         nap100,
         echo_1m,
         echo_64m,
+        beside,
         shutdown,
     )
 }

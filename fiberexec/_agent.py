@@ -38,6 +38,7 @@ from fiberexec.backends.local import LocalBackend
 
 SILENCE = 3.0  # a silent connection is made again after this part of driver_timeout
 _GRACE = 25.0  # seconds; who sends SIGTERM sends SIGKILL a little later
+_BULK = 1 << 15  # bytes of an answer, beyond which more are likely to follow
 _BACKLOG = 4 << 20  # bytes on the way to the hub, beyond which workers' output waits
 # Exit codes.
 UNREACHABLE = 3
@@ -59,6 +60,7 @@ class Agent:
         self._doors = 1  # the last channel that was opened here: odd ones are
         self._backend_fds: set[int] = set()
         self._waiting_outputs: list[Callable[[], None]] = []  # go on reading them
+        self._parked = PARKED  # requests that are to wait at the hub
         self._ending = False
         self._called = self._answered = monotonic()  # when the connection was made, when the last answer came
         self._lease = monotonic()  # the hub has heard of this agent at this time, or later
@@ -206,7 +208,7 @@ class Agent:
 
     def _speak(self) -> None:
         self._session.stamp = monotonic_ns()
-        while self._link.free and (self._session.has_output or self._link.waiting < PARKED):
+        while self._link.free and (self._session.has_output or self._link.waiting < self._parked):
             self._link.send(self._session.take())
 
     def _hear(self) -> None:
@@ -218,6 +220,7 @@ class Agent:
                 self._report("the hub has given this job up")
                 self._ending = True
                 return
+            self._parked = PARKED if len(answer) > _BULK else PARKED // 2  # each request that only waits is work for both
             try:
                 packets = self._session.accept(answer)
                 self._answered = monotonic()
