@@ -31,7 +31,7 @@ _MEBIBYTE = 1 << 20
 class Settings(NamedTuple):
     """What an executor is made with. Times are in seconds, ``memory`` is in bytes, ``cpu`` in cores."""
 
-    backend: str = "local"  # where workers run
+    backend: str = "local"  # where workers run; by default what fits where this process is, see place()
     image: str | None = None  # what a container runs, where there are containers
     max_workers: int | None = None  # None: as many as the backend finds sensible
     min_workers: int = 0  # so many stay when there is nothing to do
@@ -76,7 +76,29 @@ def load(**arguments: object) -> Settings:
             source = _where(given[name][1])
             raise ConfigError(f"{name} must be greater than 0, got 0 ({source})")
     sources = {name: given[name][1] if name in given else DEFAULT for name in CHECKS}
+    if "backend" not in given:
+        values["backend"], why = place()
+        sources["backend"] = why or DEFAULT
     return Settings(**values, sources=sources)
+
+
+_PLACES = {"KUBERNETES_SERVICE_HOST": ("kubernetes", "in a pod"), "SLURM_JOB_ID": ("slurm", "in a Slurm allocation")}
+_said = False  # place() has logged its choice
+
+
+def place() -> tuple[str, str]:
+    """The backend that fits where this process is, and why; it is local, without a reason, where nothing says otherwise."""
+    global _said
+    for variable, (backend, where) in _PLACES.items():
+        if os.environ.get(variable):
+            why = f"this process is {where} ({variable} is set)"
+            if not _said:
+                _said = True
+                import logging
+
+                logging.getLogger("fiberexec").info("backend %r is used: %s; backend= chooses another", backend, why)
+            return backend, why
+    return "local", ""
 
 
 def check(name: str, value: object, source: str = ARGUMENT) -> Any:

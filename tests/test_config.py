@@ -304,3 +304,26 @@ def test_without_a_file_loading_takes_less_than_a_millisecond() -> None:
         load(max_workers=2)
         costs.append(time.perf_counter() - start)
     assert sorted(costs)[10] < 0.001
+
+
+@pytest.mark.parametrize(("variable", "backend"), [("KUBERNETES_SERVICE_HOST", "kubernetes"), ("SLURM_JOB_ID", "slurm")])
+def test_the_backend_that_fits_is_chosen_and_said_once(
+    variable: str, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fiberexec._config._said", False)
+    monkeypatch.setenv(variable, "7")
+    with caplog.at_level("INFO", "fiberexec"):
+        assert load().backend == load().backend == backend
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend {backend!r} is used: {load().sources['backend']}; backend= chooses another"
+    ]
+    assert variable in load().sources["backend"]
+    assert load(backend="local").backend == "local"
+
+
+def test_an_allocation_of_slurm_is_never_silently_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fiberexec import FiberExecutor
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ConfigError, match="slurm.*backend='local'"):
+        FiberExecutor()

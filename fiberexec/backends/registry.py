@@ -58,6 +58,11 @@ def _factory(name: str) -> BackendFactory:
         if entry.name == name:
             loaded: BackendFactory = entry.load()
             return loaded
+    if name == "slurm":
+        raise ConfigError(
+            "the slurm backend is not part of this version of fiberexec; inside an allocation, backend='local' "
+            "(or FIBEREXEC_BACKEND=local) uses the processors of this node"
+        )
     import difflib
 
     near = difflib.get_close_matches(name, names(), 1)
