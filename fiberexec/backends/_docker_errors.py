@@ -59,6 +59,7 @@ _RULES: tuple[tuple[str, bool, str], ...] = (
      "the network has no address left: remove unused networks (docker network prune), or use a larger one"),
     (r"cannot allocate memory|resource temporarily unavailable|too many open files", False,
      "the engine's host is short of memory or processes"),
+    (r"cannot unmarshal", True, "the option that it names has a value of the wrong type: correct it in backend_options"),
     (r"OCI runtime create failed", True, "correct what it names in backend_options"),
 )  # fmt: skip
 

@@ -94,9 +94,11 @@ class Images:
     def _pull(self, client: Any, name: str, platform: str | None) -> None:
         self.doing = f"image {name} is being pulled"
         repository, tag = import_module("docker.utils").parse_repository_tag(name)
+        error = ""
         for answer in client.api.pull(repository, tag=tag or "latest", stream=True, decode=True, platform=platform):
-            if "error" in answer:
-                raise Answer(answer["error"])
+            error = error or str(answer.get("error", ""))  # read on, or the connection stays open
+        if error:
+            raise Answer(error)
 
     def _described(self, name: str, about: dict[str, Any]) -> Image:
         config = about.get("Config") or {}

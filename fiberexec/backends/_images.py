@@ -300,18 +300,19 @@ def build(client: Any, recipe: Recipe, arguments: Mapping[str, str], platform: s
 
 def _follow(answers: Iterable[Mapping[str, Any]], tag: str, recipe: Recipe, said: Callable[[str], None]) -> None:
     lines: list[str] = []
-    for answer in answers:
+    error = ""
+    for answer in answers:  # to the end, or the connection stays open
+        error = error or str(answer.get("error", "")).strip()
         for line in str(answer.get("stream", "")).splitlines():
             if line.strip():
                 said(line)
                 lines.append(line)
                 del lines[:-_LAST]
-        if "error" in answer:
-            error = str(answer["error"]).strip()
-            remedy = f"correct {recipe.source}"
-            if "BuildKit" in error or "buildkit" in error:
-                remedy = f"build it with BuildKit (docker build -t NAME {recipe.folder}) and give image='NAME'"
-            text = "\n".join(f"    {line}" for line in lines)
-            raise LaunchError(
-                f"Docker: building image {tag} failed: {error}. What to do: {remedy}. Its last lines:\n{text}", final=True
-            )
+    if error:
+        remedy = f"correct {recipe.source}"
+        if "buildkit" in error.lower():
+            remedy = f"build it with BuildKit (docker build -t NAME {recipe.folder}) and give image='NAME'"
+        text = "\n".join(f"    {line}" for line in lines)
+        raise LaunchError(
+            f"Docker: building image {tag} failed: {error}. What to do: {remedy}. Its last lines:\n{text}", final=True
+        )

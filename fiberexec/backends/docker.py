@@ -92,7 +92,7 @@ class DockerBackend:
         known = _Known()
         with self._lock:
             self._jobs[job.id] = known
-        image = ""
+        image = self._options.image or ""
         try:
             with self._slots:
                 client = self._engine.client()
