@@ -107,6 +107,15 @@ class RemoteBackend:
     def peek(self, worker: int) -> Cell | None:
         return self._cells.get(worker)
 
+    def look(self) -> None:
+        """Let peek() know what workers do now. Any thread may ask, and waits for their answers."""
+        if self._hub is not None and self._events is not None:
+            try:
+                found = client.call("look", self._fleet, hub=self._hub)
+            except (HubLost, KeyError):
+                return  # the fleet has been closed meanwhile
+            self._cells.update((worker, Cell(*cell)) for worker, cell in found if worker in self._workers)
+
     def wakeup(self) -> float | None:
         return None
 

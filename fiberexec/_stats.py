@@ -64,6 +64,10 @@ def stats(manager: Manager) -> Stats:
 
 def workers(manager: Manager) -> list[WorkerInfo]:
     """See FiberExecutor.workers()."""
+    if not manager.backend.same_host:
+        look = getattr(manager.backend, "look", None)
+        if look is not None:
+            look()
     with manager.lock:
         return [
             _worker_info(manager, worker, manager.switchboard.connections.get(worker.id))

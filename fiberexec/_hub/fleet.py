@@ -6,7 +6,6 @@
 
 Rules:
 - A fleet belongs to the process that made it, and ends with it; so do the jobs of a launcher.
-- A worker's end is told once, after all that it had to say, and only when it is certain.
 - What processes in a job want to be started is started by the launcher that started their job.
 """
 
@@ -16,23 +15,18 @@ import itertools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiberexec import _messages as messages
-from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
-from fiberexec._hub.switch import MARGIN, AgentLink
+from fiberexec._hub.jobs import Job
+from fiberexec._hub.shared import PARKED, Shared, Wait
 from fiberexec._hub.wire import EVENT
-from fiberexec._session import ABANDONED
-from fiberexec._stream import ProtocolError
 
 if TYPE_CHECKING:
-    from fiberexec._hub.server import Hub, Peer, Process
+    from fiberexec._hub.peers import Peer, Process
+    from fiberexec._hub.server import Hub
 
-LINGER = 5.0  # seconds that a job without a worker stays
-_UNKNOWN = (None, "", "", False)  # an Exit
-_END = 1.0  # seconds that an agent has to end by itself
-_OUTPUT = 16 << 20  # bytes of workers' output that wait for an owner who does not read
+_LOOK = 1.0  # seconds that agents have to say what their workers do
 
 
 class Subscriber:
@@ -47,181 +41,6 @@ class Subscriber:
     @property
     def backlog(self) -> int:
         return self._peer.stream.backlog
-
-
-class Worker:
-    """A worker in a job, with the channel of its stream."""
-
-    def __init__(self, channel: int) -> None:
-        self.channel = channel
-        self.started = False
-
-
-class Job:
-    """A job, from the wish for it to its end."""
-
-    def __init__(self, fleet: Fleet, id: str) -> None:
-        self.fleet = fleet
-        self.id = id
-        self.workers: dict[int, Worker] = {}
-        self.ending = False
-        self.ended = False
-        self.leaving = False  # its host takes it away soon
-        self.why_lost = ""  # its agent is not listened to any more
-        self.hello: tuple[Any, ...] | None = None  # what its agent said of itself
-        hub = fleet.hub
-        self.link = hub.switch.links[id] = AgentLink(hub.switch, fleet.timeout, self.obey, self.lost)
-        self.link.job = self
-        self._channels = itertools.count(2, 2)
-
-    @property
-    def free(self) -> bool:
-        return not self.ending and not self.leaving and len(self.workers) < self.fleet.workers_per_job
-
-    def add(self, worker: int) -> None:
-        """Start a worker as soon as there is an agent."""
-        self.workers[worker] = Worker(next(self._channels))
-        if self.hello is not None:
-            self.link.say("launch", worker, self.workers[worker].channel)
-
-    def attach(self, worker: int, sock: Any) -> None:
-        """Connect a socket with a worker's stream."""
-        found = self.workers.get(worker)
-        if found is None:
-            sock.close()
-        else:
-            self.link.relays.add(found.channel, sock)
-
-    def obey(self, verb: str, *args: Any) -> None:
-        """The agent says something."""
-        tell = self.fleet.tell
-        if verb == "hello":
-            wrong = _mismatch(self.id, *args)
-            if wrong:
-                self.terminate()
-                self.fail(wrong, True)
-                return
-            self.hello = args
-            for worker in self.workers:
-                self.link.say("launch", worker, self.workers[worker].channel)
-        elif verb == "output":
-            if self.fleet.backlog < _OUTPUT:
-                tell("output", *args)
-        elif self.hello is None:
-            raise ProtocolError("an agent that has not said hello")
-        elif verb == "started":
-            worker, pid, host = args
-            if worker in self.workers:
-                self.workers[worker].started = True
-                tell("started", worker, pid, host, self.id, *self.hello)
-                if self.leaving:
-                    tell("leaving", worker)
-        elif verb == "refused":
-            self._refuse(args[0], args[1], False)
-        elif verb == "ended":
-            worker, exit, running = args
-            self._end(worker, self._judged(exit), running)
-        elif verb == "leaving":
-            self.leaving = True
-            for worker in self.workers:
-                tell("leaving", worker)
-        elif verb in ("probed", "recalled"):
-            tell(verb, *args)
-        else:
-            raise ProtocolError(f"an agent says {verb!r}")
-
-    def lost(self, why: str) -> None:
-        """Nothing has been heard of the agent for so long that it has ended itself, or is stopped."""
-        if not self.why_lost:
-            self.why_lost = why
-            self.terminate()
-            self.fleet.hub.at(monotonic() + MARGIN, Timer(lambda: self.end(_UNKNOWN)))  # whatever the backend can find out
-
-    def fail(self, text: str, final: bool) -> None:
-        """The job could not be started."""
-        self.ending = self.ended = True
-        for worker in list(self.workers):
-            self._refuse(worker, text, final)
-        self._forget()
-
-    def end(self, exit: tuple[Any, ...]) -> None:
-        """Nothing of the job runs any more."""
-        if self.ended:
-            return
-        if self.hello is None:
-            self.fail(_explain(self.id, exit), False)
-            return
-        self.ending = self.ended = True
-        exit = self._judged(exit)
-        for worker, found in list(self.workers.items()):
-            if not found.started:
-                self._refuse(worker, _explain(self.id, exit), False)
-                continue
-            self._end(worker, exit, None)
-        self._forget()
-
-    def _judged(self, exit: tuple[Any, ...]) -> tuple[Any, ...]:
-        """An Exit that says whether what runs in the job can have caused it."""
-        code, reason, log, infrastructure = exit
-        if self.why_lost:
-            return code, self.why_lost, log, True
-        if self.leaving:
-            return code, reason or "its host took the job away", log, True
-        if code == ABANDONED:
-            return code, "the hub was out of its reach", log, True
-        return code, reason, log, infrastructure
-
-    def give_up(self, worker: int) -> None:
-        """A worker that has not started is not wanted any more."""
-        if self.hello is None:
-            self._refuse(worker, "it was given up", False)
-        else:
-            self.link.say("signal", worker, 9, True)
-
-    def terminate(self) -> None:
-        """End it, whatever it does."""
-        self.ending = True
-        self.fleet.launcher.tell("terminate", self.id)
-
-    def finish(self) -> None:
-        """End it: it has nothing to do any more."""
-        if self.ending:
-            return
-        self.ending = True
-        if self.hello is None:
-            self.terminate()
-        else:
-            self.link.say("end")
-            self.fleet.hub.at(monotonic() + _END, Timer(lambda: None if self.ended else self.terminate()))
-
-    def _refuse(self, worker: int, text: str, final: bool) -> None:
-        if self.workers.pop(worker, None) is not None:
-            self.fleet.tell("refused", worker, text, final)
-            self._linger()
-
-    def _end(self, worker: int, exit: tuple[Any, ...], running: int | None) -> None:
-        """Tell a worker's end, when all that it said has been passed on."""
-        found = self.workers.pop(worker, None)
-        if found is None:
-            return
-        relay = self.link.relays.channels.get(found.channel)
-        if relay is None:
-            self.fleet.tell("ended", worker, tuple(exit), running)
-        else:
-            relay.at_close = lambda: self.fleet.tell("ended", worker, tuple(exit), running)
-            relay.end()
-        self._linger()
-
-    def _linger(self) -> None:
-        if not self.workers and not self.ending:
-            wait = 0.0 if self.fleet.closing else LINGER
-            self.fleet.hub.at(monotonic() + wait, Timer(lambda: None if self.workers else self.finish()))
-
-    def _forget(self) -> None:
-        """Nothing is accepted of its agent any more; what is left to be passed on to its owner still is."""
-        self.fleet.hub.switch.links.pop(self.id, None)
-        self.link.retire()
-        self.fleet.forget(self)
 
 
 class Launcher(Shared):
@@ -290,6 +109,27 @@ class Launcher(Shared):
         self.remains = []
 
 
+class _Look(Wait):
+    """Somebody wants to know what workers do now."""
+
+    __slots__ = ("asked", "found")
+
+    def __init__(self, peer: Peer, queue: OrderedDict[Any, None], asked: set[int]) -> None:
+        super().__init__(peer, queue, _LOOK)
+        self.asked = asked
+        self.found: list[tuple[int, Any]] = []
+
+    def tell(self, worker: int, cell: Any) -> None:
+        if worker in self.asked:
+            self.asked.discard(worker)
+            self.found.append((worker, cell))
+            if not self.asked:
+                self.finish(self.found)
+
+    def due(self) -> None:
+        self.finish(self.found)  # those that are stopped or out of reach do not answer
+
+
 class Fleet(Shared):
     """The workers of one RemoteBackend."""
 
@@ -302,6 +142,7 @@ class Fleet(Shared):
         self.closing = False
         self.shipped: tuple[str, list[Any]] = "", []
         self._subscriber: Subscriber | None = None
+        self._looks: OrderedDict[Any, None] = OrderedDict()
         self._closers: OrderedDict[Any, None] = OrderedDict()  # who waits for the end
 
     def do_events(self, peer: Peer, launcher: int, settings: tuple[Any, ...], workers_per_job: int, timeout: float) -> None:
@@ -341,6 +182,20 @@ class Fleet(Shared):
 
     def do_probe(self, peer: Peer, worker: int) -> None:
         self._say(worker, "probe", worker)
+
+    def do_look(self, peer: Peer) -> Any:
+        """What all workers do now, as far as their agents say so in time: (worker, cell)."""
+        asked = {worker for job in self.jobs.values() for worker, found in job.workers.items() if found.started}
+        if not asked:
+            return []
+        _Look(peer, self._looks, asked)
+        for worker in asked:
+            self._say(worker, "probe", worker)
+        return PARKED
+
+    def looked(self, worker: int, cell: Any) -> None:
+        for look in list(self._looks):
+            look.tell(worker, cell)
 
     def do_recall(self, peer: Peer, worker: int, number: int) -> None:
         self._say(worker, "recall", worker, number)
@@ -395,21 +250,3 @@ class Fleet(Shared):
     def gone(self, process: Process) -> None:
         self._subscriber = None
         self.close()
-
-
-def _mismatch(job: str, version: int, python: str, pid: int, host: str, *_: object) -> str:
-    """What is wrong with an agent's versions."""
-    mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if (version, python) == (messages.VERSION, mine):
-        return ""
-    return (
-        f"job {job} on {host} runs Python {python} and protocol {version} of fiberexec, the driver Python {mine} and protocol "
-        f"{messages.VERSION}: use an image with Python {mine} and the driver's version of fiberexec "
-        f"(in its Dockerfile: FROM python:{mine}-slim)"
-    )
-
-
-def _explain(job: str, exit: tuple[Any, ...]) -> str:
-    code, reason, log, _ = exit
-    how = reason or (f"exit code {code}" if code is not None else "for an unknown reason")
-    return f"job {job} ended ({how}) before its agent could start a worker" + (f"; its last lines:\n{log}" if log else "")

@@ -17,7 +17,8 @@ from fiberexec._hub.pipes import Pipe, Ticket, bind, discard
 from fiberexec._hub.shared import PARKED, Shared, Wait, first
 
 if TYPE_CHECKING:
-    from fiberexec._hub.server import Hub, Peer, Process
+    from fiberexec._hub.peers import Peer, Process
+    from fiberexec._hub.server import Hub
 
 
 class Listener(Shared):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from fiberexec._hub.shared import PARKED, Shared, Wait, first
 
 if TYPE_CHECKING:
-    from fiberexec._hub.server import Hub, Peer, Process
+    from fiberexec._hub.peers import Peer, Process
+    from fiberexec._hub.server import Hub
 
 
 class Semaphore(Shared):

@@ -26,7 +26,8 @@ from fiberexec._errors import HubFull
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait, first
 
 if TYPE_CHECKING:
-    from fiberexec._hub.server import Hub, Peer, Process
+    from fiberexec._hub.peers import Peer, Process
+    from fiberexec._hub.server import Hub
 
 CAPACITY = 1 << 20  # bytes under way to one end
 _OVERHEAD = 100  # bytes that a message costs beside its own

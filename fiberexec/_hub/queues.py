@@ -34,7 +34,8 @@ from fiberexec._hub.shared import PARKED, Shared, Timer, Wait, first
 from fiberexec._hub.wire import CELL, CLAIMED, DONE, GOT, OTHERS, RECALLED
 
 if TYPE_CHECKING:
-    from fiberexec._hub.server import Hub, Peer, Process
+    from fiberexec._hub.peers import Peer, Process
+    from fiberexec._hub.server import Hub
 
 HOLD = 0.005  # seconds that a consumer may hold what it has not claimed
 SETTLE = 0.001  # seconds after which what was claimed before a recall was seen is certain to show

@@ -20,7 +20,7 @@ import sys
 import traceback
 from _operator import _compare_digest
 from _socket import SO_SNDBUF, SOL_SOCKET, socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -30,15 +30,15 @@ from fiberexec._hub import janitor, launch
 from fiberexec._hub.fleet import Fleet, Launcher
 from fiberexec._hub.listeners import Listener
 from fiberexec._hub.locks import Barrier, Condition, Event, Semaphore
+from fiberexec._hub.peers import IN, NOBODY, OUT, Peer, Process
 from fiberexec._hub.pipes import Pipe
 from fiberexec._hub.queues import Queue
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
 from fiberexec._hub.switch import AgentLink, Switch
-from fiberexec._hub.wire import ERROR, ERRORS, EVENT, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
-from fiberexec._stream import Frame, ProtocolError, Stream, pack
+from fiberexec._hub.wire import ERRORS, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
+from fiberexec._stream import Frame, ProtocolError, pack
 
 _GLANCE = 1.0  # seconds between two looks at the root process
-_IN, _OUT = select.POLLIN, select.POLLOUT  # epoll's have the same values
 _ACCEPTS = 64  # connections that are accepted at once
 _READ = 1 << 16
 
@@ -53,70 +53,6 @@ KINDS: dict[str, Callable[..., Shared]] = {
     "queue": Queue,
     "semaphore": Semaphore,
 }
-
-
-class Process:
-    """A process of the program, as long as it has a connection."""
-
-    def __init__(self, key: bytes, pid: int) -> None:
-        self.key = key
-        self.pid = pid
-        self.peers: dict[int, Peer] = {}  # by the connection's number
-        self.uses: dict[Shared, None] = {}  # objects that want to hear of its end
-        self.made: set[int] = set()  # objects that nobody else can know
-        self.cells = memoryview(b"")  # empty if it is on another host
-        self.recalls: Peer | None = None  # by which it hears of them then
-        self.leaving = False  # it ends in order
-
-    def tell_recall(self, *recall: int) -> None:
-        if self.recalls is not None:
-            self.recalls.push(EVENT, messages.encode(recall))
-
-
-class Peer:
-    """A connection. ``undo`` takes back the last answer, which the other end may not have seen."""
-
-    __slots__ = ("answers", "buffers", "fds", "hub", "link", "number", "parked", "process", "sock", "stream", "undo")
-
-    def __init__(self, hub: Hub, sock: socket, link: AgentLink | None = None) -> None:
-        self.hub = hub
-        self.link = link  # by which it comes, from a process in a job
-        self.sock = sock
-        self.stream = Stream(sock)
-        self.process: Process = NOBODY  # until it has proved that it belongs to the program
-        self.number = 0
-        self.answers = 0
-        self.parked: Wait | None = None
-        self.undo: Callable[[], None] | None = None
-        self.buffers: list[Any] = []  # of the frame that is being handled
-        self.fds: list[int] = []  # that came with the hello
-
-    def reply(self, value: object, buffers: Sequence[Any] = ()) -> None:
-        self._send(REPLY, value, buffers)
-
-    def fail(self, error: Exception) -> None:
-        name = next((kind.__name__ for kind in type(error).__mro__ if ERRORS.get(kind.__name__) is kind), "RuntimeError")
-        self._send(ERROR, (name, tuple(error.args) if name in ERRORS else (repr(error),)))
-
-    def _send(self, kind: int, value: object, buffers: Sequence[Any] = ()) -> None:
-        self.answers += 1
-        self.push(kind, messages.encode(value), buffers)
-
-    def push(self, kind: int, body: bytes, buffers: Sequence[Any] = ()) -> None:
-        """Send a frame as far as the kernel takes it, and the rest later."""
-        try:
-            if not self.stream.send_some(kind, body, buffers):  # type: ignore[arg-type]
-                self.hub.watch(self, _IN | _OUT)
-        except OSError:
-            pass  # its end will be read
-
-    def close(self) -> None:
-        self.stream.close()
-        for fd in self.fds:
-            os.close(fd)
-
-
-NOBODY = Process(b"", 0)
 
 
 class Hub(Shared):
@@ -151,8 +87,8 @@ class Hub(Shared):
         else:
             self._poller = poller = getattr(select, "poll")()  # noqa: B009  untyped where there is no epoll
             self._poll = lambda seconds: poller.poll(int(seconds * 1000) + (seconds > 0))
-        self._poller.register(listener, _IN)
-        self._poller.register(lifeline, _IN)
+        self._poller.register(listener, IN)
+        self._poller.register(lifeline, IN)
 
     def run(self) -> None:
         """Serve until the root process has gone."""
@@ -267,7 +203,7 @@ class Hub(Shared):
         sock.setblocking(False)
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
         self._peers[sock.fileno()] = Peer(self, sock, link)
-        self._poller.register(sock, _IN)
+        self._poller.register(sock, IN)
 
     def hand_over(self, peer: Peer) -> socket:
         """Stop serving a connection: its socket is somebody else's now."""
@@ -278,9 +214,9 @@ class Hub(Shared):
 
     def _serve(self, peer: Peer, event: int) -> None:
         try:
-            if event & _OUT and peer.stream.flush():
-                self.watch(peer, _IN)
-            if event & ~_OUT:
+            if event & OUT and peer.stream.flush():
+                self.watch(peer, IN)
+            if event & ~OUT:
                 self._read(peer)
         except (BlockingIOError, InterruptedError):
             pass

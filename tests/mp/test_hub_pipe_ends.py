@@ -17,7 +17,7 @@ import pytest
 from fiberexec import mp
 from fiberexec._errors import HubLost
 from fiberexec._hub import client, launch, pipes
-from fiberexec._hub.server import Process
+from fiberexec._hub.peers import Process
 from fiberexec._hub.wire import HUB
 from fiberexec._serialize import dumps, loads
 from fiberexec.mp import connection
