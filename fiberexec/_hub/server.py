@@ -30,6 +30,7 @@ from fiberexec._hub import janitor, launch
 from fiberexec._hub.fleet import Fleet, Launcher
 from fiberexec._hub.listeners import Listener
 from fiberexec._hub.locks import Barrier, Condition, Event, Semaphore
+from fiberexec._hub.memory import Memory
 from fiberexec._hub.peers import IN, NOBODY, OUT, Peer, Process
 from fiberexec._hub.pipes import Pipe
 from fiberexec._hub.queues import Queue
@@ -49,6 +50,7 @@ KINDS: dict[str, Callable[..., Shared]] = {
     "fleet": Fleet,
     "launcher": Launcher,
     "listener": Listener,
+    "memory": Memory,
     "pipe": Pipe,
     "queue": Queue,
     "semaphore": Semaphore,

@@ -160,13 +160,13 @@ class FiberContext(BaseContext):
         """A ctypes object in shared memory."""
         from fiberexec.mp.sharedctypes import RawValue
 
-        return RawValue(typecode_or_type, *args)
+        return RawValue(typecode_or_type, *args, ctx=self.get_context())
 
     def RawArray(self, typecode_or_type: Any, size_or_initializer: Any) -> Any:
         """A ctypes array in shared memory."""
         from fiberexec.mp.sharedctypes import RawArray
 
-        return RawArray(typecode_or_type, size_or_initializer)
+        return RawArray(typecode_or_type, size_or_initializer, ctx=self.get_context())
 
     def Value(self, typecode_or_type: Any, *args: Any, lock: Any = True) -> Any:
         """A ctypes object in shared memory, with a lock."""

@@ -49,8 +49,8 @@ _arenas: weakref.WeakValueDictionary[str, Arena] = weakref.WeakValueDictionary()
 
 
 def _new_arena(size: int) -> Arena:
-    folder = os.path.dirname(launch.address().path)
-    launch.start()  # the hub removes its folder, even if this process is killed
+    folder = os.path.dirname(launch.way(launch.address()))  # the hub's, or the job's
+    launch.start()  # who made the folder removes it, even if this process is killed
     try:
         return Arena(os.path.join(folder, f"memory-{os.urandom(8).hex()}"), size, new=True)
     except FileNotFoundError:

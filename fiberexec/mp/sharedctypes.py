@@ -1,4 +1,7 @@
-"""ctypes objects in memory that processes share: multiprocessing's, picklable at any time."""
+"""ctypes objects in memory that processes share: multiprocessing's, picklable at any time.
+
+Where processes may be on several hosts there is no such memory, and the objects are the hub's: see `_hubmemory`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from multiprocessing import sharedctypes as _standard
 from multiprocessing.sharedctypes import make_property, typecode_to_type  # type: ignore[attr-defined]
 from typing import Any
 
+from fiberexec.mp.context import shares_host
 from fiberexec.mp.heap import BufferWrapper
 
 __all__ = ["Array", "RawArray", "RawValue", "Value", "copy", "synchronized"]
@@ -37,23 +41,38 @@ def _new(type_: Any) -> Any:
     return _make(type_, BufferWrapper(ctypes.sizeof(type_)))
 
 
-def RawValue(typecode_or_type: Any, *args: Any) -> Any:
-    """A ctypes object in shared memory, without a lock; ``args`` initialize it, by default it is zero."""
-    obj = _new(typecode_to_type.get(typecode_or_type, typecode_or_type))
+def _is_far(ctx: Any) -> bool:
+    """Whether what is made in this context may be for processes of several hosts."""
+    method = None if ctx is None else ctx.get_start_method(allow_none=True)
+    return method != "local" and not shares_host(method)  # in a job as well, "local" means the job's host
+
+
+def RawValue(typecode_or_type: Any, *args: Any, ctx: Any = None) -> Any:
+    """A ctypes object in shared memory, without a lock; ``args`` initialize it, by default it is zero.
+
+    ``ctx`` is the context whose processes are to share it, by default the default one.
+    """
+    type_ = typecode_to_type.get(typecode_or_type, typecode_or_type)
+    if _is_far(ctx):
+        return _hubmemory().new(type_(*args))
+    obj = _new(type_)
     ctypes.memset(ctypes.addressof(obj), 0, ctypes.sizeof(obj))
     obj.__init__(*args)
     return obj
 
 
-def RawArray(typecode_or_type: Any, size_or_initializer: Any) -> Any:
-    """A ctypes array in shared memory, without a lock: of so many zeros, or of the items of a sequence."""
+def RawArray(typecode_or_type: Any, size_or_initializer: Any, *, ctx: Any = None) -> Any:
+    """A ctypes array in shared memory, without a lock: of so many zeros, or of the items of a sequence; ``ctx`` as there."""
     type_ = typecode_to_type.get(typecode_or_type, typecode_or_type)
     if isinstance(size_or_initializer, int):
-        obj = _new(type_ * size_or_initializer)
-        ctypes.memset(ctypes.addressof(obj), 0, ctypes.sizeof(obj))
+        size, items = size_or_initializer, ()
     else:
-        obj = _new(type_ * len(size_or_initializer))
-        obj.__init__(*size_or_initializer)
+        size, items = len(size_or_initializer), size_or_initializer
+    if _is_far(ctx):
+        return _hubmemory().new((type_ * size)(*items))
+    obj = _new(type_ * size)
+    ctypes.memset(ctypes.addressof(obj), 0, ctypes.sizeof(obj))
+    obj.__init__(*items)
     return obj
 
 
@@ -62,12 +81,12 @@ def Value(typecode_or_type: Any, *args: Any, lock: Any = True, ctx: Any = None) 
 
     ``lock`` may be a lock of yours; False gives the ``RawValue`` itself.
     """
-    return _locked(RawValue(typecode_or_type, *args), lock, ctx)
+    return _locked(RawValue(typecode_or_type, *args, ctx=ctx), lock, ctx)
 
 
 def Array(typecode_or_type: Any, size_or_initializer: Any, *, lock: Any = True, ctx: Any = None) -> Any:
     """A ``RawArray`` with a lock, which is held while items are read and set; ``lock`` as in ``Value``."""
-    return _locked(RawArray(typecode_or_type, size_or_initializer), lock, ctx)
+    return _locked(RawArray(typecode_or_type, size_or_initializer, ctx=ctx), lock, ctx)
 
 
 def _locked(obj: Any, lock: Any, ctx: Any) -> Any:
@@ -80,8 +99,20 @@ def _locked(obj: Any, lock: Any, ctx: Any) -> Any:
     return synchronized(obj, lock, ctx)
 
 
+def _hubmemory() -> Any:
+    from fiberexec.mp import _hubmemory
+
+    return _hubmemory
+
+
+def _in_hub(obj: Any) -> bool:
+    return hasattr(type(obj), "load")  # no ctypes object has that
+
+
 def copy(obj: Any) -> Any:
     """A copy of a ctypes object, in shared memory."""
+    if _in_hub(obj):
+        return _hubmemory().new(obj.load())
     made = _new(type(obj))
     ctypes.pointer(made)[0] = obj
     return made
@@ -94,11 +125,11 @@ def synchronized(obj: Any, lock: Any = None, ctx: Any = None) -> Any:
         if ctx is None:
             from fiberexec import mp as ctx
         lock = ctx.RLock()
-    if isinstance(obj, ctypes._SimpleCData):
+    cls: Any = obj._type if _in_hub(obj) else type(obj)
+    if issubclass(cls, ctypes._SimpleCData):
         return Synchronized(obj, lock)
-    if isinstance(obj, ctypes.Array):
-        return (SynchronizedString if obj._type_ is ctypes.c_char else SynchronizedArray)(obj, lock)
-    cls = type(obj)
+    if issubclass(cls, ctypes.Array):
+        return (SynchronizedString if cls._type_ is ctypes.c_char else SynchronizedArray)(obj, lock)
     wrapper = _wrappers.get(cls)
     if wrapper is None:
         fields = {name: make_property(name) for name, *_ in cls._fields_}
@@ -117,6 +148,12 @@ class SynchronizedBase(_standard.SynchronizedBase):  # type: ignore[type-arg]
 
     def __reduce__(self) -> Any:
         return synchronized, (self._obj, self._lock)
+
+    def get_obj(self) -> Any:
+        """The ctypes object itself. Raises TypeError where it is the hub's, for processes of several hosts."""
+        if _in_hub(self._obj):
+            _hubmemory().no_memory()
+        return self._obj
 
 
 class Synchronized(SynchronizedBase, _standard.Synchronized):  # type: ignore[type-arg]
