@@ -40,12 +40,15 @@ class AgentBackend:
         self._options = options
         count = _platform.cpu_count()
         self.default_workers = count
-        has = Resources(
-            settings.cpu or count,
-            settings.memory or _platform.memory_total(),
-            len(_platform.gpu_devices()) if settings.gpu is None else settings.gpu,
+        machine = Resources(count, _platform.memory_total(), len(_platform.gpu_devices()))
+        size = Resources(
+            settings.cpu or machine.cpu,
+            settings.memory or machine.memory,
+            machine.gpu if settings.gpu is None else settings.gpu,
         )
-        self.largest = Pool(self.name, has)
+        if size.cpu > machine.cpu or size.memory > machine.memory or size.gpu > machine.gpu:
+            raise ConfigError(f"a job of {size} does not fit this machine, which has {machine}")
+        self.largest = Pool(self.name, size)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ended: queue.Queue[JobEnded | None] = queue.Queue()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,18 @@ import pytest
 from fiberexec import FiberExecutor, _platform
 
 LIMIT = 30.0  # seconds after which a test that waits gives up; nothing takes a tenth of it
-BACKENDS = ["local"]
+BACKENDS = ["local", "agents"]
+# An agent that believes to be on the machine of test_resources; what comes behind it in the command is ignored.
+MACHINE = """
+import runpy, sys
+from fiberexec import _platform
+_platform.cpu_count = lambda: 4
+_platform.memory_total = lambda: 8 << 30
+devices = _platform.gpu_devices
+_platform.gpu_devices = lambda: devices() or ("0", "1", "2")
+sys.argv = ["agent", "-"]
+runpy.run_module("fiberexec._agent", run_name="__main__", alter_sys=True)
+"""
 # The local backend without what only Linux has, for what could depend on it: how workers are watched, stopped and ended.
 PORTABLE = {"test_elastic", "test_end", "test_no_waiting", "test_standard", "test_terminate", "test_timeouts"}
 
@@ -37,11 +49,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def make_executor(backend: str) -> Iterator[Callable[..., FiberExecutor]]:
+def make_executor(backend: str, request: pytest.FixtureRequest) -> Iterator[Callable[..., FiberExecutor]]:
     """Makes executors on the backend; whatever still runs there when the test ends is killed."""
     made: list[FiberExecutor] = []
 
     def make(*args: Any, **options: Any) -> FiberExecutor:
+        if backend == "agents" and request.module.__name__.endswith("test_resources"):
+            # What its workers share is one pool: in jobs, that of one job.
+            options["workers_per_job"] = args[0]
+            options["backend_options"] = {"prefix": [sys.executable, "-c", MACHINE]}
         made.append(FiberExecutor(*args, backend=backend, **options))
         return made[-1]
 

@@ -207,7 +207,7 @@ def test_thousands_wait_at_once_without_threads_and_without_workers(executor: Fi
     threads = threading.active_count()
     futures = [view.submit(until, 2) for _ in range(count)]
     eventually(lambda: executor.stats().delayed == count, "all of them wait")
-    assert threading.active_count() <= threads + 1
+    assert threading.active_count() <= threads + 10  # the executor's own, and of those who start its workers
     assert executor.submit(int, "3").result(LIMIT) == 3  # the workers are free meanwhile
     assert not any(future.done() for future in futures)
     assert all(future.cancel() for future in futures)
