@@ -1,0 +1,235 @@
+"""A tunnel: connections that arrive at its outer end are made again at its inner end, over one stream that may break.
+
+    agents ─ TCP ─► outer end ═ messages of a session, over a stream ═► inner end ─ TCP ─► the hub's port
+
+It lets jobs reach a hub that is behind a firewall or on a laptop. What passes through it is TLS between agent and hub: neither
+end of the tunnel can read it, or has a key.
+
+Rules:
+- When the stream breaks, everything waits: connections stay open, and the session sends again what was lost.
+- Each end says something every BEAT seconds. A stream on which nothing is heard for three of these is dead.
+"""
+
+from __future__ import annotations
+
+import select
+import struct
+from _socket import AF_INET, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+
+from fiberexec._relay import IN, OUT, Relays
+from fiberexec._session import KEY_SIZE, MESSAGE_BYTES, Session, read_header
+from fiberexec._stream import Buffer, ProtocolError
+
+BEAT = 5.0  # seconds
+_LENGTH = struct.Struct("<I")
+_LONGEST = 4 * MESSAGE_BYTES  # bytes of a message
+_FULL = 1 << 20  # bytes that wait for the stream: then no more messages are made
+
+
+class _End:
+    """What both ends have: a loop, a session, and a stream as long as there is one."""
+
+    def __init__(self, session: Session | None) -> None:
+        self._poll = select.poll()
+        self._calls: dict[int, Callable[[int], None]] = {}
+        self.session = session
+        self.relays = Relays(self._push, self, self.opened)
+        self._stream: socket | None = None
+        self._in = bytearray()
+        self._out: deque[Buffer] = deque()
+        self._waiting = 0  # bytes in _out
+        self._beat_at = 0.0
+        self.heard = monotonic()
+
+    def opened(self, channel: int) -> None:
+        """The other end has a new connection."""
+        raise ProtocolError("only the outer end has new connections")
+
+    def follow(self, fd: int, events: int, call: Callable[[int], None]) -> None:
+        self._calls[fd] = call
+        self._poll.register(fd, events)
+
+    def unfollow(self, fd: int) -> None:
+        del self._calls[fd]
+        self._poll.unregister(fd)
+
+    @property
+    def connected(self) -> bool:
+        return self._stream is not None
+
+    def turn(self) -> None:
+        """Wait for something, at most for a BEAT, and deal with it."""
+        self._speak()
+        for fd, events in self._poll.poll(1000 * BEAT / 5):
+            call = self._calls.get(fd)
+            if call is not None:
+                call(events)
+        if self.connected and monotonic() > self.heard + 3 * BEAT:
+            self.detach()
+
+    def attach(self, stream: socket) -> None:
+        """Use this stream from now on."""
+        self.detach()
+        stream.setblocking(False)
+        self._stream = stream
+        self.heard = monotonic()
+        self._beat_at = 0.0
+        if self.session is not None:
+            self.session.rewind()
+        self.follow(stream.fileno(), IN, self._ready)
+
+    def detach(self) -> None:
+        """The stream is dead, if there is one."""
+        if self._stream is not None:
+            self.unfollow(self._stream.fileno())
+            self._stream.close()
+            self._stream = None
+        self._in.clear()
+        self._out.clear()
+        self._waiting = 0
+
+    def _push(self, kind: int, channel: int, data: Buffer = b"") -> None:
+        if self.session is None:
+            raise ProtocolError("nobody has connected to the tunnel yet")
+        self.session.push(kind, channel, data)
+
+    def _speak(self) -> None:
+        session = self.session
+        if self._stream is None or session is None:
+            return
+        beat = monotonic() >= self._beat_at
+        while (session.has_output or beat) and self._waiting < _FULL:
+            parts = session.take()
+            size = sum(map(len, parts))
+            self._out += [_LENGTH.pack(size), *parts]
+            self._waiting += size + _LENGTH.size
+            if beat:
+                beat = False
+                self._beat_at = monotonic() + BEAT
+                if session.overdue():
+                    session.rewind()
+        self._flush()
+
+    def _flush(self) -> None:
+        assert self._stream is not None
+        try:
+            while self._out:
+                data = self._out.popleft()
+                if not len(data):
+                    continue
+                sent = self._stream.send(data)
+                self._waiting -= sent
+                if sent < len(data):
+                    self._out.appendleft(memoryview(data)[sent:])
+        except (BlockingIOError, InterruptedError):
+            self._out.appendleft(data)
+        except OSError:
+            self.detach()
+            return
+        self.follow(self._stream.fileno(), IN | (OUT if self._out else 0), self._ready)
+
+    def _ready(self, events: int) -> None:
+        if events & OUT:
+            self._flush()
+        if self._stream is None or not events & ~OUT:
+            return
+        try:
+            data = self._stream.recv(1 << 18)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.detach()
+            return
+        self._in += data
+        try:
+            self._read()
+        except ProtocolError:
+            self.detach()
+
+    def _read(self) -> None:
+        while len(self._in) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._in)
+            if size > _LONGEST:
+                raise ProtocolError("no message of a tunnel")
+            if len(self._in) < _LENGTH.size + size:
+                return
+            message = bytes(self._in[_LENGTH.size : _LENGTH.size + size])
+            del self._in[: _LENGTH.size + size]
+            if self.session is None:
+                self.session = Session(read_header(message)[0])
+            for packet in self.session.accept(message):
+                self.relays.handle(packet)
+            self.heard = monotonic()
+
+
+class OuterEnd(_End):
+    """Where the connections arrive: on ``port`` of every address. The stream is made to ``inner``, which is local."""
+
+    def __init__(self, port: int, inner: int) -> None:
+        super().__init__(None)
+        self._doors = 0  # the last channel
+        self._agents = _listener("0.0.0.0", port)
+        self._streams = _listener("127.0.0.1", inner)
+        self.follow(self._streams.fileno(), IN, lambda events: self._welcome())
+
+    def _welcome(self) -> None:
+        fd, _ = self._streams._accept()  # type: ignore[attr-defined]
+        self.attach(socket(fileno=fd))
+        self.follow(self._agents.fileno(), IN, lambda events: self._accept())
+
+    def _accept(self) -> None:
+        if self.session is None:
+            return  # the other end has not said which session it is
+        fd, _ = self._agents._accept()  # type: ignore[attr-defined]
+        self._doors += 1
+        self.relays.open(self._doors, socket(fileno=fd))
+
+    def run(self, patience: float) -> None:
+        """Serve until nothing has been heard of the inner end for ``patience`` seconds."""
+        while monotonic() < self.heard + patience:
+            self.turn()
+
+
+class InnerEnd(_End):
+    """Where the connections are made again, to ``port`` of this host. ``connect`` makes the stream; raises OSError."""
+
+    def __init__(self, key: bytes, port: int, connect: Callable[[], socket]) -> None:
+        if len(key) != KEY_SIZE:
+            raise ValueError(f"a key has {KEY_SIZE} bytes")
+        super().__init__(Session(key))
+        self._port = port
+        self._connect = connect
+        self._again = 0.0  # when to connect
+        self._pause = 0.1
+
+    def opened(self, channel: int) -> None:
+        sock = socket(AF_INET, SOCK_STREAM)
+        try:
+            sock.connect(("127.0.0.1", self._port))
+        except OSError:
+            pass  # the relay finds it broken, and closes the channel
+        self.relays.add(channel, sock)
+
+    def turn(self) -> None:
+        if not self.connected and monotonic() >= self._again:
+            try:
+                self.attach(self._connect())
+                self._pause = 0.1
+            except OSError:
+                self._again = monotonic() + self._pause
+                self._pause = min(2 * self._pause, BEAT / 2)
+        super().turn()
+
+
+def _listener(host: str, port: int) -> socket:
+    sock = socket(AF_INET, SOCK_STREAM)
+    sock.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.listen(1024)
+    sock.setblocking(False)
+    return sock

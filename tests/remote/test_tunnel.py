@@ -1,0 +1,147 @@
+"""The tunnel to a hub that jobs cannot reach: what it carries arrives, whole, however often its stream breaks."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from fiberexec import _tunnel
+from fiberexec._session import KEY_SIZE
+
+LIMIT = 60.0
+
+
+class Ends:
+    """Both ends in threads, an echo as the hub, and the streams between the ends."""
+
+    def __init__(self) -> None:
+        self.streams: list[socket.socket] = []
+        self.made = threading.Condition()
+        self.over = False
+        self._hub = socket.create_server(("127.0.0.1", 0))
+        self.agents, self._inner = _free(2)
+        self.outer = _tunnel.OuterEnd(self.agents, self._inner)
+        self.inner = _tunnel.InnerEnd(os.urandom(KEY_SIZE), self._hub.getsockname()[1], self._connect)
+        self._threads = [threading.Thread(target=run) for run in (self._serve, self._outer, self._turn)]
+        for thread in self._threads:
+            thread.start()
+
+    def _connect(self) -> socket.socket:
+        stream = socket.create_connection(("127.0.0.1", self._inner), LIMIT)
+        with self.made:
+            self.streams.append(stream.dup())
+            self.made.notify_all()
+        return stream
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._hub.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=_echo, args=(peer,))
+            thread.start()
+            self._threads.append(thread)
+
+    def _outer(self) -> None:
+        while not self.over:
+            self.outer.turn()
+
+    def _turn(self) -> None:
+        while not self.over:
+            self.inner.turn()
+
+    def cut(self) -> None:
+        """Break the newest stream, and wait for the next."""
+        with self.made:
+            count = len(self.streams)
+            self.streams[-1].shutdown(socket.SHUT_RDWR)
+            assert self.made.wait_for(lambda: len(self.streams) > count, LIMIT)
+
+    def close(self) -> None:
+        self.over = True
+        self._hub.shutdown(socket.SHUT_RDWR)
+        self._hub.close()
+        for thread in self._threads[1:3]:
+            thread.join()
+        for end in (self.outer, self.inner):
+            end.detach()
+            end.relays.close()
+        self.outer._agents.close()
+        self.outer._streams.close()
+        for stream in self.streams:
+            stream.close()
+        for thread in self._threads:
+            thread.join(LIMIT)
+
+
+def _free(count: int) -> list[int]:
+    found = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in found]
+    for each in found:
+        each.close()
+    return ports
+
+
+def _echo(peer: socket.socket) -> None:
+    with peer:
+        try:
+            while data := peer.recv(1 << 16):
+                peer.sendall(data)
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    monkeypatch.setattr(_tunnel, "BEAT", 0.5)
+    ends = Ends()
+    with ends.made:
+        assert ends.made.wait_for(lambda: ends.streams, LIMIT)
+    yield ends
+    ends.close()
+
+
+def exchange(ends: Ends, size: int, seed: int, found: list[bool]) -> None:
+    data = random.Random(seed).randbytes(size)
+    with socket.create_connection(("127.0.0.1", ends.agents), LIMIT) as client:
+        sender = threading.Thread(target=client.sendall, args=(data,))
+        sender.start()
+        got = bytearray()
+        while len(got) < size:
+            part = client.recv(1 << 16)
+            if not part:
+                break
+            got += part
+        sender.join()
+    found.append(bytes(got) == data)
+
+
+def test_what_goes_in_comes_out_and_back(ends: Ends) -> None:
+    found: list[bool] = []
+    for size in (1, 1000, 3 << 20):
+        exchange(ends, size, size, found)
+    assert found == [True] * 3
+
+
+def test_a_stream_that_breaks_again_and_again_costs_nothing(ends: Ends) -> None:
+    found: list[bool] = []
+    threads = [threading.Thread(target=exchange, args=(ends, 4 << 20, seed, found)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        ends.cut()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+
+
+def test_a_hub_that_does_not_listen_ends_the_connection(ends: Ends) -> None:
+    ends.inner._port = _free(1)[0]
+    with socket.create_connection(("127.0.0.1", ends.agents), LIMIT) as client:
+        assert client.recv(1) == b""
