@@ -3,6 +3,7 @@
     python examples/code_metrics.py                      # all of it, in parallel, then serially to compare
     python examples/code_metrics.py --chaos              # the same, while random workers are killed
     python examples/code_metrics.py --path src --no-serial
+    python examples/code_metrics.py --backend docker --image my-image
 
 For each file: lines, functions, the cyclomatic complexity of each function (from the syntax tree), and a
 hash of each block of code, by which blocks that occur more than once are found.  The files are of very
@@ -13,6 +14,9 @@ What fiberexec does here: `measure` below is a function of the main program, and
 of a class of the main program. Both travel to the workers and back without a module to import. `ex.map`
 hands out the files as the workers get through them, and a worker that dies costs the one file that it was
 measuring a second try.
+
+In containers (--backend docker) the folder is mounted, for reading only, and the functions travel in the
+same way: the image needs Python and fiberexec, and nothing of this program.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import hashlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -33,10 +38,11 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from fiberexec import FiberExecutor
+from fiberexec import FiberExecutor, WorkerInfo
 
 BLOCK_LINES = 8  # shorter blocks are alike by accident
 
@@ -73,10 +79,10 @@ class FileMetrics:
     error: str = ""
 
 
-def measure(path: str) -> FileMetrics:
-    """Measure one file."""
+def measure(path: str, folder: str = "") -> FileMetrics:
+    """Measure one file of a folder, which need not be at the same place wherever this runs."""
     try:
-        with tokenize.open(path) as file:  # honours the file's own coding line
+        with tokenize.open(os.path.join(folder, path)) as file:  # honours the file's own coding line
             lines = file.readlines()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes and the like: not what is measured here
@@ -152,7 +158,7 @@ def find_blocks(tree: ast.Module, text: Sequence[str]) -> Iterator[Block]:
 
 
 def find_files(root: Path, limit: int | None) -> list[str]:
-    """Return the Python files under ``root``, the largest first: no long one starts last."""
+    """Return the Python files, relative to ``root``, the largest first: no long one starts last."""
     installed = {"site-packages", "dist-packages", "__pycache__"}
     found: list[Path] = []
     for folder, below, names in os.walk(root):
@@ -162,33 +168,45 @@ def find_files(root: Path, limit: int | None) -> list[str]:
         ]
     found.sort(key=lambda path: (-path.stat().st_size, str(path)))
     step = max(1, len(found) // limit) if limit else 1  # a sample has large files and small ones
-    return [str(path) for path in found[::step][:limit]]
+    return [str(path.relative_to(root)) for path in found[::step][:limit]]
 
 
-def run_parallel(files: list[str], workers: int | None, chaos: Chaos | None) -> list[FileMetrics]:
+def run_parallel(
+    files: list[str], folder: Path, options: argparse.Namespace, chaos: Chaos | None
+) -> list[FileMetrics]:
     """Measure the files on worker processes."""
+    there, more = str(folder.resolve()), {}
+    if options.backend == "docker":
+        mount = {there: {"bind": "/source", "mode": "ro"}}
+        there, more = "/source", {"backend_options": {"volumes": mount}}
     # No file deserves the blame for what Chaos does, so none is given up because its worker died too often.
-    with FiberExecutor(max_workers=workers, max_worker_losses=1000 if chaos else 3) as ex:
+    with FiberExecutor(
+        options.workers,
+        backend=options.backend,
+        image=options.image,
+        max_worker_losses=1000 if chaos else 3,
+        **more,
+    ) as ex:
         if chaos:
             chaos.start(ex)
         try:
-            return list(with_progress(ex.map(measure, files), len(files), "parallel"))
+            return list(with_progress(ex.map(measure, files, repeat(there)), len(files), "parallel"))
         finally:
             if chaos:
                 chaos.stop()
 
 
-def run_serial(files: list[str]) -> list[FileMetrics]:
+def run_serial(files: list[str], folder: Path) -> list[FileMetrics]:
     """Measure the files here, one after the other."""
     gc.freeze()  # a fair race: the garbage collector looks at what the first run left no more
-    return list(with_progress(map(measure, files), len(files), "serial"))
+    return list(with_progress(map(measure, files, repeat(str(folder.resolve()))), len(files), "serial"))
 
 
 class Chaos:
-    """A thread that kills a random worker every now and then."""
+    """A thread that kills a random worker every now and then: its process, or its whole container."""
 
-    def __init__(self, every: float, seed: int) -> None:
-        self.every, self.random = every, random.Random(seed)
+    def __init__(self, every: float, seed: int, backend: str | None) -> None:
+        self.every, self.random, self.backend = every, random.Random(seed), backend
         self.killed = 0
         self.retried = 0
         self.over = threading.Event()
@@ -208,12 +226,17 @@ class Chaos:
     def run(self) -> None:
         while not self.over.wait(self.every):
             workers = [worker for worker in self.ex.workers() if worker.pid]
-            if workers:
-                try:
-                    os.kill(self.random.choice(workers).pid, signal.SIGKILL)
-                    self.killed += 1
-                except ProcessLookupError:  # it had just ended
-                    pass
+            if workers and self.kill(self.random.choice(workers)):
+                self.killed += 1
+
+    def kill(self, worker: WorkerInfo) -> bool:
+        if self.backend == "docker":  # a container's host name is its id
+            return subprocess.run(["docker", "kill", worker.host], capture_output=True).returncode == 0
+        try:
+            os.kill(worker.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it had just ended
+            return False
+        return True
 
 
 def with_progress(results: Iterable[FileMetrics], total: int, label: str) -> Iterable[FileMetrics]:
@@ -248,18 +271,14 @@ def plain_progress(results: Iterable[FileMetrics], total: int, label: str) -> It
 # ------------------------------------------------------------------------------------------------- the answer
 
 
-def summary(results: list[FileMetrics], root: Path, top: int) -> str:
+def summary(results: list[FileMetrics], top: int) -> str:
     """Return the summary table. It depends on the results alone, not on how or how fast they were found."""
-
-    def relative(path: str) -> str:
-        return os.path.relpath(path, root)
-
     parsed = [file for file in results if not file.error]
     functions = [(function, file) for file in parsed for function in file.functions]
     copies: defaultdict[tuple[bytes, int], list[str]] = defaultdict(list)
     for file in parsed:
         for block in file.blocks:
-            copies[block.digest, block.lines].append(f"{relative(file.path)}:{block.line}")
+            copies[block.digest, block.lines].append(f"{file.path}:{block.line}")
     repeated = [(size, sorted(places)) for (_, size), places in copies.items() if len(places) > 1]
     complexity = sum(function.complexity for function, _ in functions)
 
@@ -276,10 +295,10 @@ def summary(results: list[FileMetrics], root: Path, top: int) -> str:
     for function, file in sorted(
         functions, key=lambda pair: (-pair[0].complexity, pair[1].path, pair[0].line)
     )[:top]:
-        lines.append(f"{function.complexity:>8}  {relative(file.path)}:{function.line} {function.name}()")
+        lines.append(f"{function.complexity:>8}  {file.path}:{function.line} {function.name}()")
     lines += ["", "longest files (lines)"]
     for file in sorted(parsed, key=lambda file: (-file.lines, file.path))[:top]:
-        lines.append(f"{file.lines:>8,}  {relative(file.path)}")
+        lines.append(f"{file.lines:>8,}  {file.path}")
     lines += ["", "largest repeated blocks (lines of code, copies)"]
     for size, places in sorted(repeated, key=lambda pair: (-pair[0] * (len(pair[1]) - 1), pair[1]))[:top]:
         lines.append(
@@ -287,7 +306,7 @@ def summary(results: list[FileMetrics], root: Path, top: int) -> str:
         )
     if len(parsed) < len(results):
         lines += ["", "files that can't be parsed"]
-        lines += [f"          {relative(file.path)}: {file.error}" for file in results if file.error]
+        lines += [f"          {file.path}: {file.error}" for file in results if file.error]
     return "\n".join(lines)
 
 
@@ -306,6 +325,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--path", type=Path, help="the folder to measure (default: the standard library)")
     parser.add_argument("--workers", type=positive, help="worker processes (default: one a processor)")
+    parser.add_argument("--backend", help="where workers run: local, docker (default: as it is configured)")
+    parser.add_argument("--image", help="with --backend docker: what the containers run")
     parser.add_argument("--limit", type=positive, help="only this many files, from large to small")
     parser.add_argument(
         "--top", type=positive, default=5, help="rows in each list of the summary (default 5)"
@@ -331,9 +352,9 @@ def main() -> int:
     if not files:
         print(f"there is no Python file under {root}", file=sys.stderr)
         return 2
-    chaos = Chaos(options.every, options.seed) if options.chaos else None
-    results, parallel_time = timed(run_parallel, files, options.workers, chaos)
-    print(summary(results, root, options.top))
+    chaos = Chaos(options.every, options.seed, options.backend) if options.chaos else None
+    results, parallel_time = timed(run_parallel, files, root, options, chaos)
+    print(summary(results, options.top))
     print(f"\nparallel: {parallel_time:.2f} s")
     if chaos:
         print(
@@ -341,7 +362,7 @@ def main() -> int:
         )
     if options.no_serial:
         return 0
-    expected, serial_time = timed(run_serial, files)
+    expected, serial_time = timed(run_serial, files, root)
     print(f"serial:   {serial_time:.2f} s, speed-up {serial_time / parallel_time:.2f}x")
     same = results == expected
     print("the parallel and the serial answer are", "identical" if same else "DIFFERENT")
