@@ -13,12 +13,14 @@ Rules:
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
 from typing import Any
 
 from fiberexec import _messages as messages
+from fiberexec import _platform
 from fiberexec._errors import HubLost, LaunchError
 from fiberexec._hub import client, launch
 from fiberexec._hub.wire import HUB
@@ -27,7 +29,9 @@ from fiberexec.backends import registry
 from fiberexec.backends.base import Job, JobBackend, JobEnded
 
 SERVER = "hub"  # the name on the hub's certificate
+ENDED = ("exited", "dead", "Succeeded", "Failed")  # states of jobs of which nothing runs any more
 _AT_ONCE = 16  # calls of backends
+_logger = logging.getLogger("fiberexec")
 
 
 class _Place:
@@ -182,6 +186,7 @@ class Launcher:
         return place
 
     def _watch(self, backend: JobBackend) -> None:
+        self._in_thread(_sweep, backend)
         backend.watch(self._ended)
 
     def _urls(self, place: _Place, told: tuple[str, dict[str, Any]]) -> list[str]:
@@ -194,6 +199,27 @@ class Launcher:
                 port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
                 place.urls = [f"tls+tcp://{host}:{port}" for host in hosts]
         return place.urls
+
+
+def _sweep(backend: JobBackend) -> None:
+    """Remove what is left of programs of this host that were killed together with their hub: jobs that have ended since."""
+    try:
+        for job in backend.list():
+            pid, _, host = job.get("labels", {}).get("fiberexec.driver", "").partition("@")
+            if job["state"] in ENDED and host == _platform.host_name() and pid.isdecimal() and not _exists(int(pid)):
+                backend.remove(job["program"])
+    except Exception as error:
+        _logger.debug("what other programs have left in backend %r could not be removed: %r", backend.name, error)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 _lock = threading.Lock()  # guards _launcher
