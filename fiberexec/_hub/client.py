@@ -39,7 +39,7 @@ class _Channel:
         self, hub: Address, replaces: _Channel | None = None, frame: bytes = b"", fd: int = -1, key: bytes = b""
     ) -> None:
         if hub == launch._address:
-            launch.start()
+            launch.start(hub)
         if not _channels:
             util.Finalize(None, goodbye, exitpriority=-90)  # after the queues' -5, and before the hub's end
         self.hub = hub

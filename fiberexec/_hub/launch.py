@@ -94,10 +94,15 @@ def fileno() -> int:
     return -1 if listener is None else listener.fileno()
 
 
-def start() -> Address:
-    """Start the hub, if this is the root process and it does not run yet; returns its address. Raises OSError."""
+def start(expected: Address | None = None) -> Address:
+    """Start the hub, if this is the root process and it does not run yet; returns its address. Raises OSError.
+
+    A hub that is not the ``expected`` one is left alone: the program's may have been closed meanwhile.
+    """
     global _listener, _pid, _lifeline
     with _lock:
+        if expected is not None and expected != _address:
+            return expected
         where = address()
         if _listener is None:
             return where
