@@ -22,6 +22,7 @@ PYNNG = {"fiberexec._link"}  # the only modules that may import pynng
 LAYERS = [
     {"fiberexec.__main__"},
     {"fiberexec.cli"},
+    {"fiberexec._cli"},
     {"fiberexec.testing"},
     {"fiberexec.mp"},
     {"fiberexec.executor"},
@@ -38,11 +39,15 @@ LAYERS = [
         "fiberexec._waiting",
         "fiberexec._waker",
     },
-    {"fiberexec.backends", "fiberexec._hub", "fiberexec._agent", "fiberexec._link"},
+    {"fiberexec.backends.registry", "fiberexec._remote", "fiberexec._launcher", "fiberexec._janitor"},
+    {"fiberexec.backends", "fiberexec._agent"},
     {"fiberexec._forkserver"},
     {"fiberexec._task"},
-    {"fiberexec._worker", "fiberexec._bundle"},
+    {"fiberexec._worker"},
+    {"fiberexec._bundle"},
     {"fiberexec._scheduler", "fiberexec._outbox"},
+    {"fiberexec._hub"},
+    {"fiberexec._link", "fiberexec._relay", "fiberexec._session", "fiberexec._tunnel"},
     {"fiberexec.backends.base", "fiberexec._states"},
     {"fiberexec._messages", "fiberexec._serialize", "fiberexec._output", "fiberexec._config"},
     {"fiberexec._stream", "fiberexec._platform", "fiberexec._tls"},
@@ -113,9 +118,8 @@ def test_a_concrete_backend_imports_no_other_and_nothing_of_the_core(module: str
         return
     core = ("fiberexec.executor", "fiberexec._manager", "fiberexec._scheduler", "fiberexec.backends.registry")
     wrong = [target for target, _ in imported(module) if target.startswith(core)]
-    others = [
-        t for t, _ in imported(module) if t.startswith("fiberexec.backends.") and t not in ("fiberexec.backends.base", module)
-    ]
+    public = ("fiberexec.backends.base", "fiberexec.backends._")  # modules with a _ belong to those without
+    others = [t for t, _ in imported(module) if t.startswith("fiberexec.backends.") and not t.startswith(public)]
     assert not wrong + others
 
 

@@ -1,17 +1,10 @@
-"""The janitor: removes what a program has left in a backend, when the program itself cannot do it any more.
-
-It is a process of its own, so that no backend's SDK is loaded in the hub, and it outlives the hub.
-"""
+"""How the hub starts a janitor."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any
-
-_PATIENCE = 120.0  # seconds that a backend may be out of reach
-_AGAIN = 2.0  # seconds after which it looks once more: something may have been on its way
 
 
 def start(program: str, remains: list[Any]) -> None:
@@ -20,7 +13,8 @@ def start(program: str, remains: list[Any]) -> None:
 
     package = __package__.partition(".")[0]
     root = str(sys.modules[package].__path__[0])[: -len(package)]
-    code = f"import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.insert(0, {root!r}); from {__name__} import main; main()"
+    path = f"sys.path[:] = [p for p in sys.path if p]; sys.path.insert(0, {root!r})"
+    code = f"import sys; {path}; from {package}._janitor import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -28,24 +22,3 @@ def start(program: str, remains: list[Any]) -> None:
     process.stdin.write(json.dumps([program, remains]).encode())
     process.stdin.close()
     process.returncode = 0  # nobody waits for it
-
-
-def main() -> None:
-    """The janitor's program."""
-    from fiberexec._remote import restored
-    from fiberexec.backends import registry
-
-    program, remains = json.load(sys.stdin)
-    deadline = time.monotonic() + _PATIENCE
-    for told in remains:
-        backend = registry.create_jobs(*restored(told))
-        again = False
-        while time.monotonic() < deadline:
-            try:
-                backend.remove(program)
-                if again:
-                    break
-                again = True
-            except Exception as error:  # it cannot be reached, or is busy
-                print(f"fiberexec: what is left of program {program} in {backend.name}: {error!r}", file=sys.stderr)
-            time.sleep(_AGAIN)
