@@ -1,0 +1,1 @@
+"""What the command ``fiberexec`` does; the command line itself is fiberexec.cli."""

@@ -1,0 +1,145 @@
+"""What runs where: one row a worker of this host, or a job elsewhere, of every driver, on every backend that answers.
+
+    registry ─► JobBackend.list() of each, at once ─┐
+    the table of processes ─► workers of this host ─┴─► rows; a backend that does not answer is a problem, and no more
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from fiberexec import _config, _platform
+from fiberexec._cli import processes
+from fiberexec._errors import FiberError
+from fiberexec.backends import registry
+from fiberexec.backends.base import JobBackend
+
+T = TypeVar("T")
+LOCAL = "local"
+_PATIENCE = 15.0  # seconds that a backend may take for an answer
+
+
+class Row(NamedTuple):
+    """A worker of this host, or a job. The names of these are those of ``--json``."""
+
+    id: str
+    backend: str
+    state: str
+    driver: str  # "pid@host", "" if nobody knows
+    driver_runs: bool | None  # None: nobody can know here
+    program: str  # what its jobs have in common; that of local workers is their driver
+    user: str
+    host: str
+    image: str
+    started: float | None  # seconds since the epoch
+    command: str  # the driver's command line, where this host runs it
+
+    def is_called(self, name: str) -> bool:
+        """Whether that is the name of it, of its program or of its driver."""
+        return name in (self.id, self.program, self.driver)
+
+
+class Places:
+    """The backends, and what they run. ``problems`` says, by backend, why one could not be asked."""
+
+    def __init__(self, names: Iterable[str] | None = None) -> None:
+        """Ask these, by default all that can be had. Raises FiberError for settings that are wrong."""
+        settings = _config.load()
+        self.problems: dict[str, str] = {}
+        self.rows: list[Row] = []
+        self._backends: dict[str, JobBackend] = {}
+        self._table: processes.Table = {}
+        names = registry.names() if names is None else list(names)
+        found = _all_at_once({name: _lister(name, settings) for name in names if name != LOCAL}, self._backends)
+        try:
+            self._table = processes.table()
+            if LOCAL in names:
+                self.rows = [_local(*pair) for pair in processes.workers(self._table)]
+        except (FiberError, OSError) as error:
+            self.problems[LOCAL] = str(error)
+        for name, jobs in found.items():
+            if isinstance(jobs, list):
+                self.rows += [self._row(name, job) for job in jobs]
+            else:
+                self.problems[name] = _said(jobs)
+        self.rows.sort(key=lambda row: (row.backend, row.started or 0.0, row.id))
+
+    def backend(self, name: str) -> JobBackend:
+        """One that has been asked."""
+        return self._backends[name]
+
+    def driver(self, row: Row) -> processes.Process | None:
+        """The process of a row's driver, if it runs on this host."""
+        return self._table.get(int(row.driver.partition("@")[0])) if row.driver_runs else None
+
+    def process(self, row: Row) -> processes.Process:
+        """The process of a worker of this host."""
+        return self._table[int(row.id.rpartition("-")[2])]
+
+    def close(self) -> None:
+        """Close what is open to backends."""
+        for backend in self._backends.values():
+            backend.close()
+
+    def _row(self, name: str, job: Mapping[str, Any]) -> Row:
+        labels = job.get("labels") or {}
+        driver = str(labels.get("fiberexec.driver", ""))
+        started = float(job["started"]) if job.get("started") else None
+        runs = processes.runs(driver, time.time() if started is None else started, self._table) if driver else None
+        user = str(labels.get("fiberexec.user", ""))
+        if user.isdecimal() and driver.partition("@")[2] == _platform.host_name():
+            user = processes.user_name(int(user))
+        command = self._table[int(driver.partition("@")[0])].command if runs else ""
+        told = {key: str(job.get(key) or "") for key in ("id", "state", "program", "host", "image")}
+        return Row(**told, backend=name, driver=driver, driver_runs=runs, user=user, started=started, command=command)
+
+
+def _local(worker: processes.Process, driver: processes.Process) -> Row:
+    host = _platform.host_name()
+    name = f"{driver.pid}@{host}"
+    user = processes.user_name(worker.user)
+    return Row(f"local-{worker.pid}", LOCAL, "running", name, True, name, user, host, "", worker.started, driver.command)
+
+
+def settings_for(name: str, settings: _config.Settings) -> _config.Settings:
+    """What a backend needs to find its jobs: of the settings, what is meant for it."""
+    options = settings.backend_options if settings.backend == name else {}
+    return _config.Settings(backend=name, image=settings.image, backend_options=options)
+
+
+def _lister(name: str, settings: _config.Settings) -> Callable[[dict[str, JobBackend]], list[dict[str, Any]]]:
+    def ask(made: dict[str, JobBackend]) -> list[dict[str, Any]]:
+        made[name] = backend = registry.create_jobs(name, settings_for(name, settings))
+        return backend.list()
+
+    return ask
+
+
+def _all_at_once(calls: Mapping[str, Callable[[Any], T]], made: Any) -> dict[str, T | BaseException]:
+    """What the calls return or raise. One that takes too long is given up."""
+    found: dict[str, T | BaseException] = {}
+
+    def run(name: str, call: Callable[[Any], T]) -> None:
+        try:
+            found[name] = call(made)
+        except BaseException as error:
+            found[name] = error
+
+    threads = {
+        name: threading.Thread(target=run, args=(name, call), name=f"fiberexec-ask-{name}", daemon=True)
+        for name, call in calls.items()
+    }
+    for thread in threads.values():
+        thread.start()
+    end = time.monotonic() + _PATIENCE
+    for thread in threads.values():
+        thread.join(max(0.0, end - time.monotonic()))
+    late = FiberError(f"it has not answered within {_PATIENCE:g} seconds")
+    return {name: found.get(name, late) for name in calls}
+
+
+def _said(error: BaseException) -> str:
+    return str(error) if isinstance(error, (FiberError, ValueError)) else f"{type(error).__name__}: {error}"
