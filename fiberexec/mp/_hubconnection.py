@@ -22,7 +22,8 @@ from fiberexec._hub.launch import Address
 from fiberexec._hub.wire import HUB
 from fiberexec._messages import BULK
 from fiberexec._serialize import dumps_pieces, loads, register
-from fiberexec.mp.connection import Connection, room
+from fiberexec.mp._incoming import room
+from fiberexec.mp.connection import Connection
 
 Ticket = tuple[int, int, int]  # as the hub's
 _sending = threading.local()  # tickets: those that what this thread pickles for a send() has made so far

@@ -18,12 +18,11 @@ import io
 import os
 import pickle
 import socket
-import stat
 import struct
 import threading
 from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from multiprocessing import BufferTooShort
 from multiprocessing import connection as _standard
@@ -34,6 +33,7 @@ from fiberexec import _platform
 from fiberexec._hub import client, launch
 from fiberexec._hub.wire import HUB
 from fiberexec._serialize import dumps_pieces, loads, register
+from fiberexec.mp._incoming import LARGE, ConnectionLost, Message, a_socket, is_local, lost, room
 from fiberexec.mp.context import shares_host
 
 __all__ = ["Client", "Connection", "ConnectionLost", "Listener", "Pipe", "wait"]
@@ -43,7 +43,6 @@ _LONG = struct.Struct("!Q")
 _SHORT_MAX = (1 << 31) - 1
 _DESCRIPTORS = struct.pack("!i", -2)
 _MOST_DESCRIPTORS = 250  # in one message: the kernel takes a few more
-_LARGE = 1 << 16  # bytes: from here on a message is not copied together, nor read whole before it is unpickled
 _IOV = 512  # below every platform's IOV_MAX
 HUB_NAME = "fiberexec-hub:"  # how the address of a listener in the hub begins
 _NOT_ACROSS = (
@@ -51,68 +50,6 @@ _NOT_ACROSS = (
     "Queue, or a Listener without an address)"
 )
 _CAPACITY = 1 << 20  # bytes that the kernel may keep of what is under way, if it allows that
-
-
-class ConnectionLost(EOFError, ConnectionResetError):
-    """The other end of a connection has gone half-way through a message, or without reading what was sent to it."""
-
-
-def _lost() -> ConnectionLost:
-    return ConnectionLost("the other end of the connection has gone in the middle of a message")
-
-
-def _is_local(fd: int) -> bool:
-    """Whether ``fd`` is a socket of this host."""
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        return False
-    with _socket(fd) as sock:
-        return sock.family == socket.AF_UNIX
-
-
-@contextmanager
-def _socket(fd: int) -> Iterator[socket.socket]:
-    """``fd`` as a socket, blocking whatever socket.setdefaulttimeout() says."""
-    sock = socket.socket(fileno=fd)
-    try:
-        sock.setblocking(True)
-        yield sock
-    finally:
-        sock.detach()
-
-
-class _Message(io.RawIOBase):
-    """What has not been read yet of one message, as a file."""
-
-    def __init__(self, fd: int, size: int) -> None:
-        self._fd = fd
-        self._left = size
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._left:
-            return 0
-        try:
-            got = os.readv(self._fd, [memoryview(buffer)[: self._left]])
-        except ConnectionResetError:
-            got = 0
-        self._left = self._left - got if got else 0
-        if not got:
-            raise _lost()
-        return got
-
-    def skip(self) -> None:
-        """Read the rest, so that the next message can be."""
-        while self._left:
-            self.readinto(bytearray(_LARGE))
-
-
-def room(buffer: memoryview, offset: int) -> memoryview:
-    """What is left of a buffer from a place on."""
-    if offset > len(buffer):
-        raise ValueError("offset too large")
-    return buffer[offset:]
 
 
 class Connection(_standard.Connection):
@@ -140,7 +77,7 @@ class Connection(_standard.Connection):
         self._check_closed()
         self._check_writable()
         if self._local is None:
-            self._local = _is_local(self._handle)
+            self._local = is_local(self._handle)
         descriptors: list[int] | None = [] if self._local else None
         pieces = dumps_pieces(obj, descriptors)
         if descriptors:
@@ -157,11 +94,11 @@ class Connection(_standard.Connection):
         return self._recv_object(size)
 
     def _recv_object(self, size: int) -> Any:
-        if size < _LARGE:
+        if size < LARGE:
             return loads(self._recv_exactly(size))
-        message = _Message(self._handle, size)
+        message = Message(self._handle, size)
         try:
-            return pickle.Unpickler(io.BufferedReader(message, _LARGE)).load()
+            return pickle.Unpickler(io.BufferedReader(message, LARGE)).load()
         finally:
             message.skip()
 
@@ -193,7 +130,7 @@ class Connection(_standard.Connection):
             size = self._recv_bytes_size()
             if size > len(target):
                 raise BufferTooShort(self._recv_exactly(size))
-            message = _Message(self._handle, size)
+            message = Message(self._handle, size)
             start = 0
             while start < size:
                 start += message.readinto(target[start:size])
@@ -233,17 +170,17 @@ class Connection(_standard.Connection):
 
     def _recv_descriptors(self) -> list[int]:
         data, descriptors = b"", list[int]()
-        with _socket(self._handle) as sock, suppress(ConnectionResetError):
+        with a_socket(self._handle) as sock, suppress(ConnectionResetError):
             data, descriptors = _platform.receive_fds(sock, 1, _MOST_DESCRIPTORS)
         if not data:
-            raise _lost()
+            raise lost()
         for fd in descriptors:
             os.set_inheritable(fd, False)
         return descriptors
 
     def _send_descriptors(self, descriptors: list[int]) -> None:
         try:
-            with _socket(self._handle) as sock:
+            with a_socket(self._handle) as sock:
                 sock.sendall(_DESCRIPTORS)
                 try:
                     sock.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))])
@@ -256,15 +193,15 @@ class Connection(_standard.Connection):
 
     def _recv_exactly(self, size: int) -> bytes:
         start = b""
-        if size < _LARGE:
+        if size < LARGE:
             try:
                 start = os.read(self._handle, size)
             except ConnectionResetError:
                 pass  # said below
             if len(start) == size:
                 return start
-        message = _Message(self._handle, size - len(start))
-        return start + io.BufferedReader(message, _LARGE).read(size - len(start))
+        message = Message(self._handle, size - len(start))
+        return start + io.BufferedReader(message, LARGE).read(size - len(start))
 
     def _send_bytes(self, buf: memoryview) -> None:
         self._send_pieces([buf.cast("B")])
@@ -273,7 +210,7 @@ class Connection(_standard.Connection):
         """Send one message."""
         size = sum(map(len, pieces))
         head = _SHORT.pack(size) if size <= _SHORT_MAX else _SHORT.pack(-1) + _LONG.pack(size)
-        pieces = [head, *pieces] if size >= _LARGE else [b"".join([head, *pieces])]
+        pieces = [head, *pieces] if size >= LARGE else [b"".join([head, *pieces])]
         first = 0
         while first < len(pieces):
             sent = os.writev(self._handle, pieces[first : first + _IOV])
