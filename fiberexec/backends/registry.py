@@ -13,6 +13,7 @@ GROUP = "fiberexec.backends"
 _BUILT_IN = {
     "agents": "fiberexec.testing._agents:AgentBackend",
     "docker": "fiberexec.backends.docker:DockerBackend",
+    "kubernetes": "fiberexec.backends.kubernetes:KubernetesBackend",
     "local": "fiberexec.backends.local:LocalBackend",
 }
 

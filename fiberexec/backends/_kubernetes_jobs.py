@@ -1,0 +1,119 @@
+"""What the kubernetes backend knows: of each job, and of what all of them have in common."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from fiberexec._errors import LaunchError
+from fiberexec.backends import _kubernetes_pods as pods
+from fiberexec.backends.base import Exit
+
+EARLY = 10.0  # seconds: a pod that ends by itself before may be one that cannot work
+_META = ("name", "deletionTimestamp", "deletionGracePeriodSeconds")
+_PROOFS = 3  # so many early ends, and none that lived longer, prove it
+_VALID = 30.0  # seconds that a verdict holds: whoever mends what is wrong need not start anew
+
+
+class Known:
+    """A job as the backend knows it."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+        self.image = ""
+        self.started = False  # start() has succeeded: its end is to be reported
+        self.unwanted = False  # nobody wants it any more
+        self.deleted = False  # and the server has been told so
+        self.gone = False  # its object is
+        self.trouble: pods.Trouble | None = None  # why it does not start
+        self.exit: Exit | None = None  # how it ended, where that is known before the end
+        self.pod: dict[str, Any] = {}  # as it was last seen, without what is of no use
+        self._running = 0.0  # since when
+        self._gone = 0.0
+
+    def see(self, pod: dict[str, Any], gone: bool) -> None:
+        """Its object is now like this, or was when it went."""
+        meta = pod["metadata"]
+        self.pod = {
+            "metadata": {name: meta[name] for name in _META if name in meta},
+            "spec": {name: pod["spec"].get(name) for name in ("nodeName", "containers")},
+            "status": pod.get("status", {}),
+        }
+        self.gone = self.gone or gone
+        if pods.is_running(pod):
+            self._running = self._running or time.monotonic()
+        self.trouble = None if self._running else pods.trouble_of(pod) or self.trouble
+
+    @property
+    def ran(self) -> bool:
+        """Whether it has run for longer than one that cannot work."""
+        return bool(self._running) and self.seconds > EARLY
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return time.monotonic() - self._running if self._running else 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has neither started nor been given up."""
+        return not (self._running or self.unwanted or self.gone)
+
+    @property
+    def lingers(self) -> bool:
+        """Whether its object has gone, and nobody said that its processes have."""
+        return bool(self._gone)
+
+    def over(self, linger: float) -> bool:
+        """Whether nothing of it runs any more. What has been removed by force is given ``linger`` seconds."""
+        if self.pod and pods.has_ended(self.pod):
+            return True
+        if not self.gone:
+            return False
+        if not self._running:
+            return True
+        self._gone = self._gone or time.monotonic()
+        return time.monotonic() >= self._gone + linger
+
+
+class Verdicts:
+    """What is wrong with all jobs alike. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._early: dict[str, int] = {}  # ends of pods that did not live long, by image; -1: some did
+        self._until = 0.0
+        self.text = ""
+
+    def check(self) -> None:
+        """Raise LaunchError while it is known that no job can start."""
+        with self._lock:
+            if self.text and time.monotonic() < self._until:
+                raise LaunchError(self.text, final=True)
+
+    def settle(self, text: str) -> None:
+        """No job can start."""
+        with self._lock:
+            self.text, self._until = text, time.monotonic() + _VALID
+
+    def works(self, image: str) -> bool:
+        """Whether pods of an image have been seen to work."""
+        return self._early.get(image) == -1
+
+    def learn(self, image: str, lived: float, exit: Exit, reason: str, others: bool) -> bool:
+        """Note how a pod ended by itself; returns whether no other can do better.
+
+        ``reason`` says why, if its last lines tell; ``others``: there are pods that have lived longer.
+        """
+        with self._lock:
+            if others or lived >= EARLY:
+                if not reason:
+                    self._early[image] = -1
+                return bool(reason) and not others and self._early.get(image) != -1
+            if exit.code is not None and exit.code <= 0:
+                return False
+            seen = self._early.get(image, 0)
+            if seen >= 0:
+                self._early[image] = seen + 1
+            return bool(reason) or seen + 1 >= _PROOFS

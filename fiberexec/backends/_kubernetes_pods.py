@@ -1,0 +1,150 @@
+"""What a pod's object says: how it ended, whose fault that was, and why it has not started. Nothing here asks anybody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from fiberexec.backends.base import Exit
+
+WORKER = "worker"  # the name of the container with the agent
+_NODE = frozenset("Terminated NodeShutdown Shutdown Preempting NodeLost NodeAffinity UnexpectedAdmissionError".split())
+_IMAGE = frozenset(
+    "ErrImagePull ImagePullBackOff ErrImageNeverPull InvalidImageName ImageInspectError RegistryUnavailable".split()
+)
+_CREATE = frozenset("CreateContainerConfigError CreateContainerError RunContainerError PostStartHookError".split())
+# Why an image will not come however long one waits. What is not named here may pass: a busy registry, a slow network.
+_NO_IMAGE = re.compile(
+    r"not found|manifest unknown|pull access denied|insufficient_scope|unauthorized|authentication required|denied: |"
+    r"no match for platform|no such host|invalid reference|403 Forbidden|server gave HTTP response",
+    re.IGNORECASE,
+)
+
+
+class Trouble(NamedTuple):
+    """Why a pod has not started. ``final``: and will not."""
+
+    reason: str
+    message: str
+    final: bool
+
+
+def worker_of(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The status of the container with the agent."""
+    found = pod.get("status", {}).get("containerStatuses") or ()
+    return next((one for one in found if one.get("name") == WORKER), {})
+
+
+def is_running(pod: Mapping[str, Any]) -> bool:
+    return "running" in (worker_of(pod).get("state") or {})
+
+
+def has_ended(pod: Mapping[str, Any]) -> bool:
+    """Whether nothing of the job runs in it any more: other containers do not count."""
+    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed") or "terminated" in (worker_of(pod).get("state") or {})
+
+
+def exit_of(pod: Mapping[str, Any], *, removed: bool = False) -> Exit:
+    """How a pod ended that has_ended(), or that was ``removed`` before anybody saw its end."""
+    status = pod.get("status", {})
+    last = (worker_of(pod).get("state") or {}).get("terminated") or {}
+    code = signed(last.get("exitCode"))
+    reason, message = str(last.get("reason") or ""), str(last.get("message") or "")
+    word, text = str(status.get("reason") or ""), str(status.get("message") or "")
+    if reason == "OOMKilled" and last.get("exitCode") == 137:  # with another code it was a child, and the agent lived on
+        return Exit(-9, "OOMKilled", f"pod {name(pod)} took more memory than its limit{_limit(pod)}: give it more (memory=)\n")
+    if reason in ("StartError", "ContainerCannotRun"):
+        return Exit(code, reason, f"{message}\n")
+    if disrupted := _disruption(pod):
+        return Exit(code, disrupted[0], f"{disrupted[1]}\n", infrastructure=True)
+    if word in _NODE or word.startswith("OutOf") or reason == "ContainerStatusUnknown":
+        return Exit(code, word or reason, f"{text or message}\n", infrastructure=True)
+    if word in ("Evicted", "DeadlineExceeded"):
+        return Exit(code, word, f"pod {name(pod)}: {text}\n")
+    if removed or _was_deleted_first(pod, last):
+        return Exit(code, "Deleted", f"pod {name(pod)} was deleted by somebody\n", infrastructure=True)
+    said = message or text
+    return Exit(code, "" if reason in ("Error", "Completed") else reason or word, f"{said}\n" if said else "")
+
+
+def _disruption(pod: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why the cluster ended it on its own behalf."""
+    for one in pod.get("status", {}).get("conditions") or ():
+        if one.get("type") == "DisruptionTarget" and one.get("status") == "True":
+            reason = str(one.get("reason") or "DisruptionTarget")
+            if reason != "TerminationByKubelet":  # which may be for what the job itself has taken: see the pod's own reason
+                return reason, f"pod {name(pod)}: {one.get('message') or reason}"
+    return None
+
+
+def _was_deleted_first(pod: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Whether somebody had asked for its deletion before it ended."""
+    meta = pod.get("metadata", {})
+    if not meta.get("deletionTimestamp"):
+        return False
+    try:
+        asked = _time(meta["deletionTimestamp"]) - timedelta(seconds=int(meta.get("deletionGracePeriodSeconds") or 0))
+        return _time(last["finishedAt"]) >= asked
+    except (KeyError, TypeError, ValueError):
+        return True
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
+def trouble_of(pod: Mapping[str, Any]) -> Trouble | None:
+    """What keeps a pod from starting, as far as its object says."""
+    status = pod.get("status", {})
+    for one in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
+        waiting = (one.get("state") or {}).get("waiting") or {}
+        reason, message = str(waiting.get("reason") or ""), str(waiting.get("message") or "")
+        if reason in _IMAGE:
+            final = reason in ("ErrImageNeverPull", "InvalidImageName") or bool(_NO_IMAGE.search(message))
+            return Trouble(reason, message or f"the image cannot be had: {image(pod)}", final)
+        if reason in _CREATE:
+            return Trouble(reason, message, True)
+        if reason == "CrashLoopBackOff":
+            return Trouble(reason, f"container {one.get('name')!r} ends again and again: {message}", True)
+    for one in status.get("conditions") or ():
+        if one.get("type") == "PodScheduled" and one.get("status") == "False":
+            return Trouble(str(one.get("reason") or "Unschedulable"), str(one.get("message") or ""), False)
+    return None
+
+
+def name(pod: Mapping[str, Any]) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def node(pod: Mapping[str, Any]) -> str:
+    return str(pod.get("spec", {}).get("nodeName") or "")
+
+
+def image(pod: Mapping[str, Any]) -> str:
+    containers = pod.get("spec", {}).get("containers") or ()
+    return next((str(one.get("image")) for one in containers if one.get("name") == WORKER), "")
+
+
+def _limit(pod: Mapping[str, Any]) -> str:
+    for one in pod.get("spec", {}).get("containers") or ():
+        if one.get("name") == WORKER and (limit := (one.get("resources") or {}).get("limits", {}).get("memory")):
+            return f" of {_readable(str(limit))}"
+    return ""
+
+
+def _readable(quantity: str) -> str:
+    return f"{int(quantity) / 2**20:g} MiB" if quantity.isdecimal() else quantity
+
+
+def signed(code: int | None) -> int | None:
+    """An exit code as Python gives it: negative for a signal."""
+    return 128 - code if code is not None and 128 < code < 160 else code
+
+
+def events(found: list[dict[str, Any]], kinds: tuple[str, ...] = ("Warning",)) -> list[tuple[str, str]]:
+    """(reason, message) of what events say, the newest last, each once."""
+    ordered = sorted(found, key=lambda one: str(one.get("lastTimestamp") or one.get("eventTime") or ""))
+    pairs = [(str(one.get("reason")), str(one.get("message"))) for one in ordered if one.get("type") in kinds]
+    return list(dict.fromkeys(pairs))

@@ -1,0 +1,84 @@
+"""What there is in a namespace, and what its pods have said: calls that change nothing."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fiberexec.backends import _kubernetes_pods as pods
+from fiberexec.backends._kubernetes_api import Api, ApiError, Setup
+from fiberexec.backends._kubernetes_watch import PAGE
+
+_TAIL = 30  # lines of a pod's log that are kept
+_EVENTS = 5  # of a pod that are told
+_logger = logging.getLogger("fiberexec")
+
+
+class Reader:
+    """Reads a namespace: the given one, else that of the configuration. Any thread may call."""
+
+    def __init__(self, api: Api, namespace: str | None) -> None:
+        self._api = api
+        self._wanted = namespace
+
+    def namespace(self) -> str:
+        """Raises Setup."""
+        return self._wanted or self._api.namespace()
+
+    def path(self, kind: str = "pods", name: str = "") -> str:
+        """Where the API has objects of a kind, or one of them."""
+        return f"/api/v1/namespaces/{self.namespace()}/{kind}{'/' if name else ''}{name}"
+
+    def pods(self, selector: str) -> list[dict[str, Any]]:
+        """All pods with these labels."""
+        query: dict[str, Any] = {"labelSelector": selector, "limit": PAGE}
+        found: list[dict[str, Any]] = []
+        while True:
+            page = self._api.call("GET", self.path(), query)
+            found += page["items"]
+            query["continue"] = page["metadata"].get("continue")
+            if not query["continue"]:
+                return found
+
+    def tail(self, job: str) -> str:
+        """The last lines that a job has written; "" where they cannot be had."""
+        try:
+            query = {"container": pods.WORKER, "tailLines": _TAIL}
+            return str(self._api.call("GET", self.path("pods", f"{job}/log"), query, patience=0.0, read=5.0))
+        except (ApiError, Setup) as error:
+            _logger.debug("the log of %s cannot be read: %s", job, error)
+            return ""
+
+    def log(self, job: str, follow: bool) -> Any:
+        """All that a job has written, as a stream."""
+        query = {"container": pods.WORKER, "follow": "true" if follow else "false"}
+        return self._api.stream(self.path("pods", f"{job}/log"), query, read=3600.0 if follow else 30.0)
+
+    def events(self, job: str) -> list[tuple[str, str]]:
+        """(reason, message) of the warnings about a pod, the newest last; none where they cannot be had."""
+        try:
+            query = {"fieldSelector": f"involvedObject.name={job}", "limit": 50}
+            return pods.events(self._api.call("GET", self.path("events"), query, patience=0.0, read=5.0)["items"])
+        except (ApiError, Setup) as error:
+            _logger.debug("the events of %s cannot be read: %s", job, error)
+            return []
+
+    def story(self, job: str) -> str:
+        """The last warnings about a pod, one a line."""
+        return "\n".join(f"{reason}: {message}" for reason, message in self.events(job)[-_EVENTS:])
+
+
+def described(pod: dict[str, Any]) -> dict[str, Any]:
+    """A pod as the command line shows it."""
+    meta = pod["metadata"]
+    labels = {**meta["labels"], "fiberexec.driver": meta.get("annotations", {}).get("fiberexec.driver", "")}
+    state = "terminating" if meta.get("deletionTimestamp") else str(pod["status"].get("phase", "")).lower()
+    return {
+        "id": labels["fiberexec.job"],
+        "program": labels.get("fiberexec.program", ""),
+        "state": state,
+        "host": pods.node(pod),
+        "image": pods.image(pod),
+        "started": int(labels.get("fiberexec.started", 0)),
+        "labels": labels,
+    }

@@ -1,0 +1,439 @@
+"""Jobs as pods of a Kubernetes cluster.
+
+    start() ─► a pod, and a Secret that it owns, with the credentials ─► a container that runs the agent
+    watch() ◄─ one watch over all pods of the program: what happened to each
+
+Rules:
+- The Secret belongs to the pod, and the pod to the driver's where that is a pod: what owns nothing any more is collected by
+  the cluster itself.
+- An end is reported when the cluster says that nothing of the job runs. An API server that is away ends no job.
+- A pod that cannot start is removed and reported with the cluster's own words, and so is the next start.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fiberexec import _platform
+from fiberexec._errors import ConfigError, FiberError, LaunchError
+from fiberexec.backends import _kubernetes_errors as errors
+from fiberexec.backends import _kubernetes_options as options
+from fiberexec.backends import _kubernetes_pods as pods
+from fiberexec.backends import _kubernetes_watch as watches
+from fiberexec.backends._docker_errors import quoted
+from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines, shut
+from fiberexec.backends._kubernetes_jobs import Known, Verdicts
+from fiberexec.backends._kubernetes_reader import Reader, described
+from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
+
+_STARTS = 10  # pods that are created at once
+_WORKERS = 8  # where the user does not say how many
+_GRACE = 1  # seconds: with 0 the object would go at once, and its processes live on
+_LINGER = 5.0  # seconds that processes of a pod may live whose object somebody has removed by force
+_LOOK = 5.0  # seconds between looks at the events of a pod that does not start
+_MISSING = 15.0  # seconds after which what a pod mounts, and is not there, is taken not to come
+_logger = logging.getLogger("fiberexec")
+
+
+class KubernetesBackend:
+    """See base.JobBackend. A job is a pod, as ``image``, ``cpu``, ``memory``, ``gpu`` and ``backend_options`` say."""
+
+    name = "kubernetes"
+    idle_timeout: float | None = 60.0
+
+    def __init__(self, settings: Any, max_workers: int | None = None) -> None:
+        self._options = wanted = options.check(settings)
+        if not (wanted.image or wanted.template or in_cluster()):
+            raise ConfigError(
+                "backend 'kubernetes' needs image=, the name of an image with Python and fiberexec that the cluster can pull; "
+                "only inside a cluster it is that of the driver's own pod"
+            )
+        self.default_workers = _WORKERS
+        count = float(settings.workers_per_job)  # nobody knows what a node has: a task gets what the user has asked for
+        self.largest = Pool(
+            self.name,
+            Resources(settings.cpu or count, settings.memory or 0, settings.gpu or 0),
+            tuple(map(str, range(settings.gpu or 0))),
+        )
+        self._patience = 0.9 * settings.startup_timeout  # before nobody waits any more
+        self._driver = f"{os.getpid()}@{_platform.host_name()}"
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Known] = {}
+        self._verdicts = Verdicts()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._slots = threading.BoundedSemaphore(_STARTS)
+        self._api = Api(wanted.context)
+        self._reader = Reader(self._api, wanted.namespace)
+        self._watch: watches.Watch | None = None
+        self._own: dict[str, Any] | None = None  # the driver's pod; {}: none that could own anything
+        self._answered = False
+        self._closed = False
+        self._looked = 0.0
+        self._warned: set[str] = set()
+
+    @property
+    def _namespace(self) -> str:
+        return self._reader.namespace()
+
+    def _failed(self, error: Exception, doing: str) -> LaunchError:
+        try:
+            namespace = self._namespace
+        except Setup:
+            namespace = ""
+        return errors.explained(error, doing, namespace, new=not self._answered)
+
+    def advertise(self) -> tuple[str, ...]:
+        """The pod's own address in a cluster; elsewhere the one that this host has towards the nodes."""
+        if self._options.advertise:
+            return self._options.advertise
+        try:
+            address = self._api.own_address()
+        except Exception as error:
+            raise self._failed(error, "looking for the cluster") from error
+        if not address:
+            raise LaunchError(
+                "Kubernetes: this host has no address from which pods could be reached: say under which they reach it, "
+                'backend_options={"advertise_address": ...}, or run the program in the cluster',
+                final=True,
+            )
+        return (address,)
+
+    # -- starting
+
+    def start(self, job: Job) -> None:
+        """Create a pod, and its Secret. Raises LaunchError."""
+        self._verdicts.check()
+        known = Known()
+        with self._lock:
+            self._jobs[job.id] = known
+        try:
+            self._watched(job.program)
+            with self._slots:
+                self._create(job, known)
+        except BaseException as error:
+            known.unwanted = True
+            self._discard(job.id, known)
+            if isinstance(error, Exception):
+                raise self._failed(error, f"creating pod {job.id}") from error
+            raise
+        known.since = time.monotonic()
+        known.started = True
+        self._queue.put(job.id)  # what has happened to it meanwhile
+
+    def _watched(self, program: str) -> None:
+        with self._lock:
+            if self._watch is None:
+                if self._closed:
+                    raise LaunchError("the backend is closed", final=True)
+                self._watch = watches.acquire(self._options.context, self._namespace, program, self._queue)
+            watch = self._watch
+        watch.wait(30.0)
+        self._answered = True
+
+    def _create(self, job: Job, known: Known) -> None:
+        command = [self._options.python or job.command[0], *job.command[1:]]
+        if command[-1] == "-":
+            command[-1] = options.CREDENTIALS
+        labels = {
+            "fiberexec.program": job.program,
+            "fiberexec.job": job.id,
+            "fiberexec.user": str(os.getuid()),
+            "fiberexec.started": str(int(time.time())),
+            "fiberexec.driver": _label(self._driver),
+        }
+        own = self._own_pod()
+        image = self._options.image or ("" if self._options.template else _image_of(own))
+        try:
+            body = options.pod(self._options, image, job.id, command, labels, {"fiberexec.driver": self._driver})
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"backend_options: pod_template={self._options.template!r}: {error}", final=True) from error
+        if own and own["metadata"]["namespace"] == self._namespace:
+            body["metadata"]["ownerReferences"] = [_owner(own)]
+        known.image = pods.image(body)
+        made = self._post("pods", body, job)
+        # After the pod, which owns it: it is there before the kubelet looks.
+        secret = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "type": "Opaque",
+            "immutable": True,
+            "metadata": {"name": job.id, "labels": labels, "ownerReferences": [_owner(made)]},
+            "data": {os.path.basename(options.CREDENTIALS): base64.b64encode(job.credentials).decode()},
+        }
+        self._post("secrets", secret, job)
+
+    def _post(self, kind: str, body: Any, job: Job) -> Any:
+        try:
+            return self._api.call("POST", self._reader.path(kind), body=body)
+        except ApiError as error:
+            if error.status != 409 or error.reason != "AlreadyExists":
+                raise
+            if kind == "secrets":
+                return body  # no name is used twice: an earlier attempt, whose answer was lost
+            found = self._api.call("GET", self._reader.path(kind, job.id))
+            if found["metadata"].get("labels", {}).get("fiberexec.program") != job.program:
+                raise
+            return found
+
+    def _own_pod(self) -> dict[str, Any]:
+        """The pod in which this program is, {} for none."""
+        with self._lock:
+            if self._own is None:
+                self._own = {}
+                if self._api.in_cluster:
+                    try:
+                        path = f"/api/v1/namespaces/{self._api.namespace()}/pods/{socket.gethostname()}"
+                        self._own = self._api.call("GET", path, patience=5.0)
+                    except ApiError as error:
+                        _logger.debug("this pod cannot be looked at: %s", error)
+                        if not (self._options.image or self._options.template):
+                            self._own = None
+                            raise
+            return self._own or {}
+
+    def terminate(self, jobs: Sequence[str]) -> None:
+        """Delete pods; their Secrets go with them."""
+        for job in jobs:
+            with self._lock:
+                known = self._jobs.get(job) or Known()  # one that has ended
+                known.unwanted = True
+            self._discard(job, known)
+
+    def _discard(self, job: str, known: Known) -> None:
+        """Delete a pod; one that cannot be deleted now is deleted when the server is back."""
+        try:
+            body = {"gracePeriodSeconds": _GRACE, "propagationPolicy": "Background"}
+            self._api.call("DELETE", self._reader.path("pods", job), body=body, patience=0.0 if self._closed else 5.0)
+            known.deleted = True
+        except (ApiError, Setup) as error:
+            if isinstance(error, ApiError) and error.status == 404:
+                known.gone = True
+                self._queue.put(job)
+            else:
+                _logger.log(
+                    logging.DEBUG if isinstance(error, ApiError) and error.passing else logging.WARNING,
+                    "%s",
+                    self._failed(error, f"deleting pod {job}"),
+                )
+        if not known.started:
+            with self._lock:
+                if known.deleted or known.gone:
+                    self._jobs.pop(job, None)
+
+    # -- watching
+
+    def watch(self, report: Callable[[list[JobEnded]], None]) -> None:
+        """Report ends until close()."""
+        try:
+            while True:
+                try:
+                    item = self._queue.get(timeout=self._pause())
+                except queue.Empty:
+                    item = ""
+                if item is None:
+                    return
+                ended = self._take(item)
+                if self._queue.empty():
+                    ended += self._look()
+                if ended:
+                    report(ended)
+        finally:
+            with self._lock:
+                watch, self._watch = self._watch, None
+            if watch is not None:
+                watches.release(watch, self._queue)
+            self._api.close()
+
+    def _pause(self) -> float | None:
+        with self._lock:
+            if any(known.lingers for known in self._jobs.values()):
+                return 0.5
+            return _LOOK if any(known.waits for known in self._jobs.values()) else None
+
+    def _take(self, item: Any) -> list[JobEnded]:
+        """Note what has been seen; returns the ends that are certain by it."""
+        with self._lock:
+            jobs = dict(self._jobs) if not isinstance(item, (watches.Seen, str)) else {}
+            if isinstance(item, watches.Seen):
+                name = pods.name(item.pod)
+                jobs = {name: self._jobs[name]} if name in self._jobs else {}
+            elif item in self._jobs:
+                jobs = {item: self._jobs[item]}
+        ended = []
+        for job, known in jobs.items():
+            if isinstance(item, watches.Seen):
+                known.see(item.pod, item.gone)
+            elif isinstance(item, watches.Listed):
+                if job not in item.names and known.started and known.since < item.asked:
+                    known.gone = True
+            elif isinstance(item, watches.Back):
+                known.deleted = False
+            if known.unwanted and not (known.deleted or known.gone):
+                self._discard(job, known)
+            if known.started and known.over(_LINGER):
+                ended.append(self._end(job, known))
+        return ended
+
+    def _look(self) -> list[JobEnded]:
+        """See to what takes long: removed pods whose processes may live, and pods that do not start."""
+        now = time.monotonic()
+        with self._lock:
+            lingering = [(job, known) for job, known in self._jobs.items() if known.lingers]
+            waiting = [(job, known) for job, known in self._jobs.items() if known.waits and known.started]
+        ended = [self._end(job, known) for job, known in lingering if known.over(_LINGER)]
+        for job, known in waiting:
+            trouble = known.trouble
+            if trouble is not None and trouble.final and not self._verdicts.works(known.image):
+                self._give_up(job, known, trouble)
+            elif now > known.since + self._patience:
+                events = self._reader.story(job) or "the cluster does not say why"
+                self._give_up(job, known, trouble or pods.Trouble("Pending", events, False))
+            elif trouble is not None:
+                self._warn(job, trouble)
+        mute = [(job, known) for job, known in waiting if known.trouble is None and now > known.since + _LOOK]
+        if mute and now > self._looked + _LOOK:  # one of them is enough: they are all alike
+            self._looked = now
+            job, known = min(mute, key=lambda each: each[1].since)
+            found = self._reader.events(job)
+            for reason, message in reversed(found):
+                if reason in ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"):
+                    # The Secret with the credentials is ours, and on its way.
+                    missing = "not found" in message and f'secret "{job}"' not in message and now > known.since + _MISSING
+                    known.trouble = pods.Trouble(reason, message, missing)
+                    break
+        return ended
+
+    def _warn(self, job: str, trouble: pods.Trouble) -> None:
+        text = f"{trouble.reason}: {re.sub(re.escape(job), 'a pod', trouble.message)}"
+        if text not in self._warned and time.monotonic() > self._jobs[job].since + 1.0:
+            self._warned.add(text)
+            _logger.warning("%s", errors.stuck(trouble, job, self._jobs[job].image, self._namespace))
+
+    def _give_up(self, job: str, known: Known, trouble: pods.Trouble) -> None:
+        """Remove a pod that does not start; its end is reported when it is gone."""
+        text = errors.stuck(trouble, job, known.image, self._namespace)
+        happened = "".join(f"\n    {line}" for line in self._reader.story(job).splitlines() if trouble.message not in line)
+        text += f". Its events:{happened}" if happened else ""
+        if trouble.final:
+            self._verdicts.settle(f"Kubernetes: {text}")
+        known.exit = Exit(None, trouble.reason, f"{text}\n")
+        known.unwanted = True
+        self._discard(job, known)
+
+    def _end(self, job: str, known: Known) -> JobEnded:
+        """A job has ended: how."""
+        with self._lock:
+            self._jobs.pop(job, None)
+        if known.exit is not None:
+            return JobEnded(job, known.exit)
+        exit = pods.exit_of(known.pod, removed=known.gone) if known.pod else Exit(None, "Deleted", "", infrastructure=True)
+        if known.unwanted:
+            return JobEnded(job, Exit(exit.code))
+        if exit.infrastructure or exit.code == 0:
+            return JobEnded(job, exit)
+        exit = exit._replace(log=self._reader.tail(job) + exit.log)
+        with self._lock:
+            others = any(other.ran for other in self._jobs.values())
+        reason = errors.ended_early(exit, job, known.image)
+        if self._verdicts.learn(known.image, known.seconds, exit, reason, others):
+            if not reason:
+                reason = f"pods of image {known.image!r} end at once. Pod {job} ended with exit code {exit.code}"
+            happened = self._reader.story(job)
+            self._verdicts.settle(f"Kubernetes: {reason}" + (f". Its events:\n{happened}" if happened else ""))
+        return JobEnded(job, exit._replace(log=f"{exit.log}{reason}\n") if reason else exit)
+
+    # -- what else is asked
+
+    def explain(self, job: str) -> str:
+        """What is known of a job that has not shown up."""
+        with self._lock:
+            known = self._jobs.get(job)
+        if known is None or not known.pod:
+            return self._verdicts.text
+        if known.trouble is not None:
+            return errors.stuck(known.trouble, job, known.image, self._namespace)
+        node = pods.node(known.pod)
+        if not pods.is_running(known.pod):
+            return "\n".join(filter(None, (f"pod {job} is being started on node {node}", self._reader.story(job))))
+        tail = self._reader.tail(job)
+        if tail:
+            return f"pod {job} is running on node {node}{quoted(tail)}"
+        where = " or ".join(self._options.advertise) or "the driver's address"
+        return (
+            f"pod {job} is running on node {node} and has said nothing; if that lasts, it cannot reach {where}: open the "
+            'firewall for it, give another address (backend_options={"advertise_address": ...}), or run the program in the '
+            "cluster"
+        )
+
+    def list(self) -> list[dict[str, Any]]:
+        """Every pod of fiberexec in the namespace."""
+        try:
+            return [described(pod) for pod in self._reader.pods("fiberexec.job")]
+        except Exception as error:
+            raise self._failed(error, "listing pods") from error
+
+    def logs(self, job: str, follow: bool = False) -> Iterator[str]:
+        """The lines that a job has written; with ``follow`` until it ends. Raises FiberError for an unknown one."""
+        try:
+            stream = self._reader.log(job, follow)
+        except ApiError as error:
+            if error.status == 404:
+                raise FiberError(f"there is no job {job!r} in namespace {self._namespace}") from None
+            raise self._failed(error, f"reading the log of {job}") from error
+        try:
+            for line in lines(stream):
+                yield line.decode("utf-8", "replace")
+        finally:
+            shut(stream)
+
+    def remove(self, program: str) -> int:
+        """Delete all pods of a program, and with them their Secrets; returns how many there were."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        try:
+            found = self._reader.pods(f"fiberexec.program={program}")
+        except Exception as error:
+            raise self._failed(error, f"removing the pods of {program}") from error
+        with ThreadPoolExecutor(_STARTS) as pool:
+            list(pool.map(lambda pod: self._removed(pods.name(pod)), found))
+        return len(found)
+
+    def _removed(self, job: str) -> None:
+        try:
+            body = {"gracePeriodSeconds": _GRACE, "propagationPolicy": "Background"}
+            self._api.call("DELETE", self._reader.path("pods", job), body=body)
+        except ApiError as error:
+            if error.status != 404:
+                raise self._failed(error, f"removing pod {job}") from error
+
+    def close(self) -> None:
+        """End watch()."""
+        with self._lock:
+            self._closed = True
+        self._queue.put(None)
+
+
+def _owner(pod: dict[str, Any]) -> dict[str, Any]:
+    meta = pod["metadata"]
+    return {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
+
+
+def _image_of(own: dict[str, Any]) -> str:
+    """The image of the driver's own pod: of the container that looks like a program's."""
+    containers = own.get("spec", {}).get("containers") or ()
+    return str(containers[0]["image"]) if containers else ""
+
+
+def _label(text: str) -> str:
+    """Text as the value of a label."""
+    return re.sub(r"[^A-Za-z0-9_.-]", ".", text)[:63].strip("._-")
+
