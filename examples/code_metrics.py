@@ -81,14 +81,15 @@ class FileMetrics:
 
 def measure(path: str, folder: str = "") -> FileMetrics:
     """Measure one file of a folder, which need not be at the same place wherever this runs."""
+    place = os.path.join(folder, path)
     try:
-        with tokenize.open(os.path.join(folder, path)) as file:  # honours the file's own coding line
+        with tokenize.open(place) as file:  # honours the file's own coding line
             lines = file.readlines()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes and the like: not what is measured here
             tree = ast.parse("".join(lines), path)
     except SyntaxError as error:
-        reason = str(error.msg).replace(f" for {path!r}", "")
+        reason = str(error.msg).replace(f" for {place!r}", "")
         return FileMetrics(path, error=f"line {error.lineno}: {reason}" if error.lineno else reason)
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         return FileMetrics(path, error=f"{type(error).__name__}: {error}")
