@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fiberexec._cli import run
 from fiberexec._errors import FiberError
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def _backend(purpose: str) -> Callable[[Any], Any]:
 @click.version_option(_version(), message="%(prog)s %(version)s")
 def main() -> None:
     """Python executors whose workers may live anywhere."""
+
+
+run.commands(main)
 
 
 @main.command()

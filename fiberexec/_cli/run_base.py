@@ -1,0 +1,116 @@
+"""What ``fiberexec run`` asks of a place where a program can run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, NamedTuple, Protocol
+
+from fiberexec import _config
+from fiberexec._cli.run_code import Code
+from fiberexec._errors import ConfigError
+
+Put = Callable[[int, bytes], None]  # of a descriptor, 1 or 2, and what was written there
+ROLE = "fiberexec.role"  # the label of what runs a program; workers have none
+DRIVER = "driver"  # its value
+
+
+class Wanted(NamedTuple):
+    """What the command line asked for."""
+
+    backend: str
+    command: tuple[str, ...]
+    name: str
+    env: Mapping[str, str]  # variables of the program and of its workers
+    code: Code | None  # what is sent; None: nothing
+    settings: _config.Settings  # of the program's executors, as far as they are set here
+    size: _config.Settings  # the same with cpu, memory and gpu of the program itself
+    dockerfile: str | None = None
+    registry: str | None = None
+    namespace: str | None = None
+    service_account: str | None = None
+
+
+class Fate(NamedTuple):
+    """How a program ended: its exit code as a shell gives it, and what the place has to say of that."""
+
+    code: int
+    text: str = ""
+
+
+class Place(Protocol):
+    """Where programs run. Everything raises FiberError, which says what to do."""
+
+    def start(self, wanted: Wanted, said: Callable[[str], None]) -> None:
+        """Start a program. ``said`` gets what is worth knowing meanwhile."""
+
+    def follow(self, name: str, put: Put) -> Fate:
+        """Pass on all that a program writes, from its start to its end."""
+
+    def signal(self, name: str, number: int) -> None:
+        """Send a signal to a program; SIGKILL ends all that it has started too. One that has ended is left alone."""
+
+    def remove(self, name: str) -> None:
+        """Remove what is left of a program that has ended, or end it at once."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a program of this name, running or ended."""
+
+    def fetch(self, name: str, path: str) -> IO[bytes]:
+        """A tar archive of what a running program has at a path, which its working directory is the start of."""
+
+    def send(self, name: str, path: str, source: str) -> None:
+        """Copy a file or folder of this host to a running program's path."""
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+def default_name(command: Sequence[str]) -> str:
+    """A name that tells what runs, and is nobody else's."""
+    words = [word for word in command if not word.startswith("-") and not re.match(r"(.*/)?(python[\d.]*|env|sh|bash)\Z", word)]
+    stem = os.path.basename(words[0]).removesuffix(".py") if words else "program"
+    plain = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:30].strip("-") or "program"
+    return f"{plain}-{os.urandom(4).hex()}"
+
+
+def checked_name(name: str) -> str:
+    """Return it if containers, pods and labels may be called so. Raises ConfigError."""
+    if not re.match(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?\Z", name):
+        raise ConfigError(f"--name must be of a-z, 0-9 and '-', at most 50, and begin with a letter, got {name!r}")
+    return name
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as it would be typed."""
+    return shlex.join(command)
+
+
+def variables(wanted: Wanted, image: str = "", **more: str) -> dict[str, str]:
+    """The variables of the program: the settings that are set here, so that its executors find them there."""
+    import json
+
+    found: dict[str, Any] = {}
+    settings = wanted.settings
+    for name, source in settings.sources.items():
+        if source != _config.DEFAULT and name not in ("backend", "image", "env", "backend_options"):
+            value = getattr(settings, name)
+            if name == "ship":
+                text = os.pathsep.join(value)
+            elif name == "memory":
+                text = f"{value // 2**20}" if value % 2**20 == 0 else f"{value / 2**20:.6f}Mi"
+            else:
+                text = "never" if value is None else str(value)
+            found[name] = text
+    workers = {**settings.env, **wanted.env}
+    if workers:
+        found["env"] = json.dumps(workers)
+    if settings.backend_options:
+        found["backend_options"] = json.dumps(dict(settings.backend_options), default=str)
+    if image:
+        found["image"] = image
+    found["backend"] = wanted.backend
+    ours = {f"{_config.PREFIX}{name.upper()}": text for name, text in found.items()}
+    return {"PYTHONUNBUFFERED": "1", **ours, **more, **wanted.env}
