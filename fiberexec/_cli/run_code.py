@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, NamedTuple
 
 from fiberexec._bundle._archive import Unfit, check_size, collect
-from fiberexec._errors import ConfigError
+from fiberexec._errors import ConfigError, FiberError
 
 HOME = "fiberexec-run"  # the folder of a job that has everything of ours, below its root
 CODE = "code"  # in that
@@ -68,7 +68,7 @@ def collect_code(folders: Iterable[str]) -> Code:
     return Code(tuple((path, name) for name, (path, _) in sorted(found.items())), "" if folder == os.curdir else folder)
 
 
-def archive(entries: Iterable[tuple[str, bytes | str]], folders: Iterable[str] = ()) -> IO[bytes]:
+def archive(entries: Iterable[tuple[str, bytes] | tuple[str, str]], folders: Iterable[str] = ()) -> IO[bytes]:
     """A tar archive of (name, content or path). Whoever the program runs as may read and change what is in it."""
     import tempfile
 
@@ -101,9 +101,23 @@ def archive(entries: Iterable[tuple[str, bytes | str]], folders: Iterable[str] =
 
 def packed(code: Code | None, spec: bytes) -> IO[bytes]:
     """The archive that is unpacked at a job's root: the code, and what is to be run."""
-    entries: list[tuple[str, bytes | str]] = [] if code is None else [(f"{HOME}/{CODE}/{name}", path) for path, name in code.files]
+    files = () if code is None else code.files
+    entries = [(f"{HOME}/{CODE}/{name}", path) for path, name in files]
     folders = [HOME] if code is None else [f"{HOME}/{CODE}/{code.folder}".rstrip("/")]
     return archive([*entries, (f"{HOME}/run.json", spec)], folders)
+
+
+def tree(path: str, name: str) -> list[tuple[str, str]]:
+    """What `archive` takes of a file or a folder that is to have a name. Raises FiberError for what cannot be read."""
+    found: dict[str, tuple[str, os.stat_result]] = {}
+    problems: list[str] = []
+    try:
+        collect(path, name, found, problems)
+    except Unfit as error:
+        raise FiberError(f"{path}: {error}") from None
+    if problems:
+        raise FiberError(f"cannot read {'; '.join(problems[:5])}")
+    return [(entry, source) for entry, (source, _) in sorted(found.items())] or [(f"{name}/", path)]
 
 
 def _parents(name: str) -> Iterator[str]:

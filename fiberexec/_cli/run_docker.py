@@ -1,0 +1,304 @@
+"""Programs as containers of a Docker engine, whose workers are containers beside them.
+
+    run ─► create, put in the code and what is to be run, start ─► a container: its first process is run_first
+                                                                     └─ the program, which asks the same engine for workers
+
+The program's container has the engine's socket, since it starts containers: who may use that has the rights of root on the
+engine's host. No worker has it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import posixpath
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import IO, Any
+
+from fiberexec import _config
+from fiberexec._cli import run_code, run_first
+from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, shown, variables
+from fiberexec._errors import ConfigError, FiberError
+from fiberexec.backends import _docker_errors as errors
+from fiberexec.backends import _docker_options as options
+from fiberexec.backends import _images
+from fiberexec.backends._docker_engine import Engine, remove, sdk
+from fiberexec.backends._docker_images import Images
+
+SOCKET = "/var/run/docker.sock"
+_FOLDER = f"/{run_code.HOME}"
+_AGAIN = 1.0  # seconds between attempts to reach an engine that has gone
+_PATIENCE = 60.0  # seconds of them
+_LAST = 4096  # bytes of output that are kept, to be judged
+_logger = logging.getLogger("fiberexec")
+
+
+class DockerPlace:
+    """See run_base.Place. Raises ConfigError without Docker's SDK."""
+
+    def __init__(self) -> None:
+        try:
+            import_module("docker")
+        except ImportError as error:
+            raise ConfigError(f"--backend docker needs Docker's SDK: pip install \"fiberexec[docker]\" ({error})") from None
+        self._engine = Engine(4)
+        self._last: dict[int, bytes] = {}
+        self._python = ""  # of the image, as far as it says
+
+    # -- starting
+
+    def start(self, wanted: Wanted, said: Callable[[str], None]) -> None:
+        ready = image_of(self._engine, wanted, "docker>=7.1", said)
+        checked = options.check(wanted.size._replace(image=ready))
+        try:
+            client = self._engine.client()
+            image = Images(checked).ready(client)
+            self._python = image.python
+            self._run(client, wanted, checked, image.name)
+        except FiberError:
+            raise
+        except Exception as error:
+            if getattr(error, "status_code", 0) == 409:
+                raise ConfigError(f"there is a container {wanted.name!r} already: give another --name") from None
+            raise self._engine.failed(error, f"starting container {wanted.name}", ready, wanted.name) from error
+
+    def _run(self, client: Any, wanted: Wanted, checked: options.Options, image: str) -> None:
+        socket = _socket_of(client, self._engine.url())
+        host = dict(checked.host)
+        host["init"] = False  # its first process does that
+        host["mounts"] = [*host.get("mounts", ()), {"type": "bind", "source": socket, "target": SOCKET}]
+        groups = [str(os.stat(socket).st_gid)] if os.path.exists(socket) else []
+        host["group_add"] = [*host.get("group_add", ()), *groups]
+        command = [checked.python or "python", "-m", run_first.__name__, _FOLDER]
+        api = client.api
+        made = api.create_container(
+            image,
+            command if checked.entrypoint is None else None,
+            entrypoint=None if checked.entrypoint is None else [*checked.entrypoint, *command],
+            name=wanted.name,
+            user=checked.user,
+            labels={**checked.labels, **_labels(wanted)},
+            host_config=api.create_host_config(**host),
+            **{**checked.container, "hostname": wanted.name},  # its workers tell by it whose they are
+        )["Id"]
+        try:
+            with run_code.packed(wanted.code, _spec(wanted, image)) as archive:
+                api.put_archive(made, "/", archive)
+            api.start(made)
+        except BaseException:
+            remove(client, made)
+            raise
+
+    # -- a program that is there
+
+    def follow(self, name: str, put: Put) -> Fate:
+        threads = [threading.Thread(target=self._stream, args=(name, fd, put), daemon=True) for fd in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        state = self._patiently(f"waiting for {name}", lambda api: _ended(api, name))
+        if state is None:
+            raise FiberError(f"container {name} was removed by somebody before it had ended")
+        return self._fate(name, state)
+
+    def _stream(self, name: str, descriptor: int, put: Put) -> None:
+        """Pass on one of its streams until it has ended: what was passed on before a break is left out after it."""
+        passed = 0
+        which = {"stdout": descriptor == 1, "stderr": descriptor == 2}
+
+        def read(api: Any) -> bool:
+            nonlocal passed
+            behind = passed
+            for piece in api.logs(name, stream=True, follow=True, **which):
+                new = piece[behind:]
+                behind = max(0, behind - len(piece))
+                if new:
+                    put(descriptor, new)
+                    passed += len(new)
+                    self._last[descriptor] = (self._last.get(descriptor, b"") + new)[-_LAST:]
+            state = api.inspect_container(name)["State"]
+            return not state.get("Running")
+
+        while not self._patiently(f"reading what {name} writes", read, gone=True):
+            time.sleep(_AGAIN)
+
+    def _patiently(self, doing: str, ask: Callable[[Any], Any], gone: Any = None) -> Any:
+        """What the engine answers, which may be away for a while; ``gone`` if there is no such container."""
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return ask(self._engine.client().api)
+            except sdk().NotFound:
+                return gone
+            except Exception as error:
+                if not errors.is_outage(error) or time.monotonic() > end:
+                    raise self._engine.failed(error, doing) from error
+                _logger.debug("Docker does not answer: %r", error)
+            time.sleep(_AGAIN)
+
+    def _fate(self, name: str, state: dict[str, Any]) -> Fate:
+        code = int(state.get("ExitCode", 0))
+        if code == 137 and state.get("OOMKilled"):
+            return Fate(code, f"{name} took more memory than it may: give it more (--memory)")
+        log = b"".join(self._last.values()).decode("utf-8", "replace")
+        if code == 1 and "No module named" in log and ("fiberexec" in log or "pynng" in log):
+            image = str(self._engine.client().api.inspect_container(name)["Config"]["Image"])
+            return Fate(code, errors.verdict(image, log, self._python))
+        return Fate(code)
+
+    def signal(self, name: str, number: int) -> None:
+        try:
+            self._engine.client().api.kill(name, signal.Signals(number).name)
+        except sdk().NotFound:
+            return
+        except Exception as error:
+            if getattr(error, "status_code", 0) != 409:  # it does not run any more
+                raise self._engine.failed(error, f"sending a signal to {name}", name=name) from error
+        if number == signal.SIGKILL:
+            self._remove_workers(name)
+
+    def remove(self, name: str) -> None:
+        try:
+            remove(self._engine.client(), name)
+        except Exception as error:
+            raise self._engine.failed(error, f"removing {name}", name=name) from error
+        self._remove_workers(name)
+
+    def _remove_workers(self, name: str) -> None:
+        """Those of its workers that are left, if it was killed so that nobody else ends them."""
+        try:
+            client = self._engine.client()
+            for one in client.api.containers(all=True, filters={"label": "fiberexec.driver"}):
+                if one["Labels"]["fiberexec.driver"].partition("@")[2] == name:
+                    remove(client, one["Id"])
+        except Exception as error:
+            raise self._engine.failed(error, f"removing the workers of {name}", name=name) from error
+
+    def has(self, name: str) -> bool:
+        try:
+            about = self._engine.client().api.inspect_container(name)
+        except sdk().NotFound:
+            return False
+        except Exception as error:
+            raise self._engine.failed(error, f"looking for {name}", name=name) from error
+        return bool(about["Config"]["Labels"].get(ROLE) == DRIVER)
+
+    # -- files
+
+    def fetch(self, name: str, path: str) -> IO[bytes]:
+        import tempfile
+
+        where = self._path(name, path)
+        try:
+            pieces, _ = self._engine.client().api.get_archive(name, where)
+            file = tempfile.TemporaryFile()
+            for piece in pieces:
+                file.write(piece)
+        except sdk().NotFound:
+            raise FiberError(f"{name} has no file or folder {where}") from None
+        except Exception as error:
+            raise self._engine.failed(error, f"copying from {name}", name=name) from error
+        file.seek(0)
+        return file
+
+    def send(self, name: str, path: str, source: str) -> None:
+        where = self._path(name, path)
+        base = os.path.basename(os.path.abspath(source))
+        try:
+            api = self._engine.client().api
+            if path.endswith("/") or self._is_folder(api, name, where):
+                folder = where
+            else:
+                folder, base = posixpath.split(where)
+            with run_code.archive(run_code.tree(source, base)) as archive:
+                api.put_archive(name, folder, archive)
+        except sdk().NotFound as error:
+            raise FiberError(f"{name} has no folder for {where}: {errors.words(error)}") from None
+        except Exception as error:
+            raise self._engine.failed(error, f"copying to {name}", name=name) from error
+
+    def _is_folder(self, api: Any, name: str, path: str) -> bool:
+        try:
+            pieces, about = api.get_archive(name, path)
+            getattr(pieces, "close", lambda: None)()
+        except sdk().NotFound:
+            return False
+        return bool(about["mode"] & 1 << 31 or stat.S_ISDIR(about["mode"]))  # as Go marks it
+
+    def _path(self, name: str, path: str) -> str:
+        about = self._engine.client().api.inspect_container(name)
+        labels, config = about["Config"]["Labels"], about["Config"]
+        start = labels.get("fiberexec.folder") or config.get("WorkingDir") or "/"
+        return posixpath.normpath(posixpath.join(start, path or "."))
+
+    def close(self) -> None:
+        self._engine.drop()
+
+
+def image_of(engine: Engine, wanted: Wanted, needs: str, said: Callable[[str], None]) -> str:
+    """The name of the program's image, built if none is given. ``needs``: a requirement of the program's own."""
+    if wanted.settings.image is not None:
+        return wanted.settings.image
+    told = options.check(_config.Settings(backend_options=_build_options(wanted)))
+    recipe = _images.find(os.getcwd(), wanted.dockerfile or told.dockerfile, told.base_image, told.build_args)
+    if recipe.files is not None:
+        requirements = recipe.files["requirements.txt"] + f"{needs}\n".encode()
+        recipe = recipe._replace(files={**recipe.files, "requirements.txt": requirements})
+    said(f"the image is that of {recipe.source}")
+    try:
+        return _images.build(engine.client(), recipe, told.build_args, None, lambda line: said(f"build: {line}"))
+    except FiberError:
+        raise
+    except Exception as error:
+        raise engine.failed(error, f"building the image of {recipe.source}") from error
+
+
+def _build_options(wanted: Wanted) -> dict[str, Any]:
+    given = wanted.settings.backend_options
+    return {name: given[name] for name in ("base_image", "build_args", "dockerfile") if name in given}
+
+
+def _socket_of(client: Any, url: str) -> str:
+    """The path of the engine's socket where the engine is: an address of another host is none of a container's."""
+    if url.startswith("unix://") and client.info().get("OperatingSystem") != "Docker Desktop":
+        return url[len("unix://") :]
+    return SOCKET
+
+
+def _spec(wanted: Wanted, image: str) -> bytes:
+    spec = {
+        "command": wanted.command,
+        "env": variables(wanted, image, DOCKER_HOST=f"unix://{SOCKET}"),
+        "folder": _folder(wanted),
+    }
+    return json.dumps(spec).encode()
+
+
+def _folder(wanted: Wanted) -> str:
+    """Where the program starts; "" for where the image says."""
+    return "" if wanted.code is None else posixpath.join(_FOLDER, run_code.CODE, wanted.code.folder).rstrip("/")
+
+
+def _labels(wanted: Wanted) -> dict[str, str]:
+    return {
+        ROLE: DRIVER,
+        "fiberexec.program": wanted.name,
+        "fiberexec.job": wanted.name,
+        "fiberexec.user": str(os.getuid()),
+        "fiberexec.started": str(int(time.time())),
+        "fiberexec.driver": f"1@{wanted.name}",
+        "fiberexec.folder": _folder(wanted),
+        "fiberexec.command": shown(wanted.command),
+    }
+
+
+def _ended(api: Any, name: str) -> Any:
+    api.wait(name, timeout=None)
+    return api.inspect_container(name)["State"]
