@@ -97,6 +97,8 @@ class Relay:
     def grant(self, credit: int) -> None:
         """The other end has written so many bytes."""
         self._credit += credit
+        if self._credit > WINDOW:
+            raise ProtocolError("more credit than there was to be given")
         if self._last:
             self.finish()
         else:
