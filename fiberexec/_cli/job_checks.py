@@ -34,16 +34,17 @@ _SKEW, _LONG_SKEW = 60.0, 86400.0  # seconds; certificates hold from a day ago
 
 def examine(settings: _config.Settings) -> Iterator[Finding]:
     """The findings about the settings' backend."""
-    name = settings.backend
+    backend = None
     try:
-        backend = registry.create_jobs(name, settings)
-    except (FiberError, ValueError) as error:
-        yield Finding(name, BROKEN, str(error), "correct the setting that it names")
-        return
-    try:
+        backend = registry.create_jobs(settings.backend, settings)
         yield from _examine(backend, settings)
+    except (FiberError, ValueError) as error:
+        yield Finding(settings.backend, BROKEN, str(error), "correct the setting that it names")
+    except Exception as error:  # a defect of the backend, or an image that says nonsense
+        yield Finding(settings.backend, BROKEN, f"{type(error).__name__}: {error}")
     finally:
-        backend.close()
+        if backend is not None:
+            backend.close()
 
 
 def _examine(backend: JobBackend, settings: _config.Settings) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from fiberexec._cli.places import LOCAL, Places, Row
 from fiberexec._errors import FiberError
 from fiberexec._hub import folder
 
+_ALWAYS = "/tmp"  # where hubs' folders are if that of temporary files has too long a name
 _END_TIMEOUT = 10.0  # seconds that a driver may take to end after SIGTERM
 
 
@@ -135,7 +136,7 @@ def clean(places: Places, everything: bool, pretend: bool, local: bool) -> tuple
 
 def _clean_folders(pretend: bool) -> Sequence[Removed]:
     found: list[Removed] = []
-    for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
+    for parent in dict.fromkeys((tempfile.gettempdir(), _ALWAYS)):
         before = {path for path in _hub_folders(parent) if not pretend or _is_left(path)}
         if not pretend:
             folder.sweep(parent)
