@@ -197,7 +197,7 @@ class Launcher:
                 tls = self._authority.ca, certificate, key
                 path = [folder for folder in sys.path if folder]
                 port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
-                place.urls = [f"tls+tcp://{host}:{port}" for host in hosts]
+                place.urls = [f"tls+tcp://{address}" for address in place.backend.reach(port)]
         return place.urls
 
 

@@ -107,6 +107,10 @@ class KubernetesBackend:
             )
         return (address,)
 
+    def reach(self, port: int) -> tuple[str, ...]:
+        """Every address is reached directly."""
+        return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
+
     # -- starting
 
     def start(self, job: Job) -> None:

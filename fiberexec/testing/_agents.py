@@ -55,6 +55,10 @@ class AgentBackend:
     def advertise(self) -> tuple[str, ...]:
         return (self._options["address"],)
 
+    def reach(self, port: int) -> tuple[str, ...]:
+        """The address is this host's own."""
+        return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
+
     def start(self, job: Job) -> None:
         folder = _folder(job.id)
         folder.mkdir(mode=0o700)
