@@ -165,7 +165,8 @@ def clean(backend: str | None, everything: bool, dry_run: bool, as_json: bool) -
             click.echo("nothing to remove")
         for driver in dict.fromkeys(row.driver for row in spared):
             count = sum(row.driver == driver for row in spared)
-            show.note(f"left alone: {count} jobs of driver {driver or '(unknown)'}, which may run; --all removes them too")
+            why = "which may run, or whose end nobody has seen; --all removes them too"
+            show.note(f"left alone: {count} jobs of driver {driver or '(unknown)'}, {why}")
         _note_problems(places)
     if backend in places.problems:
         raise click.exceptions.Exit(1)

@@ -293,7 +293,7 @@ def test_ps_has_stable_keys(fake: type[Fake]) -> None:
     answer = told("ps")
     assert set(answer) == {"jobs", "problems"}
     (row,) = (row for row in answer["jobs"] if row["backend"] == "fake")
-    keys = "id backend state driver driver_runs program user host image started command".split()
+    keys = "id backend state driver driver_runs program user host image started command role".split()
     assert list(row) == keys
     assert row["driver_runs"] is True and "pytest" in row["command"]
     assert ("close",) in Fake.done
@@ -393,7 +393,33 @@ def test_clean_removes_what_dead_drivers_left_and_nothing_else(fake: type[Fake])
     assert len(told("clean", "--backend", "fake", "--all")["removed"]) == 5
     output = run("clean", "--backend", "fake").output
     assert "2 jobs of fx-dead" in output
-    assert "77@elsewhere, which may run; --all" in output
+    assert "77@elsewhere, which may run, or whose end nobody has seen; --all" in output
+
+
+def program_job(state: str) -> dict[str, Any]:
+    """What `fiberexec run` starts: a driver in a job."""
+    row = job(1, "1@prog-1", "prog")
+    return {**row, "state": state, "labels": {**row["labels"], "fiberexec.role": "driver"}}
+
+
+def test_what_a_program_in_a_job_left_is_removed_when_that_has_ended(fake: type[Fake]) -> None:
+    worker = job(1, "7@prog-1", "fx-led")
+    Fake.jobs = [program_job("running"), worker]
+    assert told("clean", "--backend", "fake")["removed"] == []
+    assert {row["id"]: row["role"] for row in told("ps", "--backend", "fake")["jobs"]} == {
+        "prog-1": "program",
+        "fx-led-1": "worker",
+    }
+    Fake.jobs = [program_job("exited"), worker]
+    answer = told("clean", "--backend", "fake")
+    assert [each["program"] for each in answer["removed"]] == ["fx-led"]
+    assert [row["id"] for row in answer["spared"]] == ["prog-1"]  # somebody may want to see how it ended
+
+
+def test_kill_of_a_program_in_a_job_ends_its_workers_too(fake: type[Fake]) -> None:
+    Fake.jobs = [program_job("running"), job(1, "7@prog-1", "fx-led"), job(1, "7@other", "fx-other")]
+    assert [each["target"] for each in told("kill", "prog-1")["ended"]] == ["prog-1", "fx-led"]
+    assert Fake.done == [("terminate", "prog-1"), ("remove", "fx-led"), ("close",)]
 
 
 def test_clean_of_a_backend_that_does_not_answer_fails(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:

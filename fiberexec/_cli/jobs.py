@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fiberexec._cli import processes
-from fiberexec._cli.places import LOCAL, Places, Row
+from fiberexec._cli.places import LOCAL, PROGRAM, Places, Row
 from fiberexec._errors import FiberError
 from fiberexec._hub import folder
 
@@ -55,7 +55,7 @@ def kill(places: Places, name: str) -> tuple[list[Killed], list[str]]:
     """End a job, or a program with its driver; returns what was ended, and what could not be."""
     rows = find(places, name)
     if rows[0].id == name:
-        return _kill_job(places, rows[0])
+        return _kill_job(places, rows[0]), []
     done, warnings = [], []
     drivers = {row.driver: row for row in rows}
     for driver, row in drivers.items():
@@ -73,12 +73,17 @@ def kill(places: Places, name: str) -> tuple[list[Killed], list[str]]:
     return done, warnings
 
 
-def _kill_job(places: Places, row: Row) -> tuple[list[Killed], list[str]]:
+def _kill_job(places: Places, row: Row) -> list[Killed]:
     if row.backend == LOCAL:
         _signal(places.process(row), signal.SIGKILL, group=True)
     else:
         places.backend(row.backend).terminate([row.id])
-    return [Killed(row.id, row.backend, "job", 1)], []
+    done = [Killed(row.id, row.backend, "job", 1)]
+    if row.role == PROGRAM:  # a driver, whose workers nobody else ends at once
+        led = {(each.backend, each.program) for each in places.rows if each.driver.partition("@")[2] == row.id != each.id}
+        for backend, program in sorted(led):
+            done.append(Killed(program, backend, "program", places.backend(backend).remove(program)))
+    return done
 
 
 def _signal(process: processes.Process, number: signal.Signals, group: bool = False) -> None:
@@ -123,7 +128,8 @@ def clean(places: Places, everything: bool, pretend: bool, local: bool) -> tuple
     removed, spared = [], []
     for (backend, program), rows in found.items():
         # A program's processes may have launchers each; all must have gone.
-        dead = all(row.driver_runs is False for row in rows)
+        # What `fiberexec run` has started stays until somebody has seen how it ended.
+        dead = all(row.driver_runs is False and row.role != PROGRAM for row in rows)
         if program and (dead or everything):
             count = len(rows) if pretend else places.backend(backend).remove(program)
             removed.append(Removed(backend, program, rows[0].driver, count))

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from fiberexec import _config, _platform
-from fiberexec._cli import processes
+from fiberexec._cli import processes, run_base
 from fiberexec._errors import FiberError
 from fiberexec.backends import registry
 from fiberexec.backends.base import JobBackend
 
 T = TypeVar("T")
 LOCAL = "local"
+WORKER, PROGRAM = "worker", "program"
+_IMAGE = "fiberexec"  # some backends want one; nothing is started with it
+_ENDED = ("exited", "dead", "succeeded", "failed")
 _PATIENCE = 15.0  # seconds that a backend may take for an answer
 
 
@@ -36,10 +39,15 @@ class Row(NamedTuple):
     image: str
     started: float | None  # seconds since the epoch
     command: str  # the driver's command line, where this host runs it
+    role: str  # "worker", or "program" for what `fiberexec run` has started
 
     def is_called(self, name: str) -> bool:
         """Whether that is the name of it, of its program or of its driver."""
         return name in (self.id, self.program, self.driver)
+
+    def has_ended(self) -> bool:
+        """Whether nothing of the job runs any more."""
+        return self.state.lower() in _ENDED
 
 
 class Places:
@@ -65,6 +73,9 @@ class Places:
                 self.rows += [self._row(name, job) for job in jobs]
             else:
                 self.problems[name] = _said(jobs)
+        gone = {row.id for row in self.rows if row.role == PROGRAM and row.has_ended()}
+        # Drivers that are jobs themselves call their host as the job is called.
+        self.rows = [row._replace(driver_runs=False) if row.driver.partition("@")[2] in gone else row for row in self.rows]
         self.rows.sort(key=lambda row: (row.backend, row.started or 0.0, row.id))
 
     def backend(self, name: str) -> JobBackend:
@@ -94,20 +105,23 @@ class Places:
             user = processes.user_name(int(user))
         command = self._table[int(driver.partition("@")[0])].command if runs else ""
         told = {key: str(job.get(key) or "") for key in ("id", "state", "program", "host", "image")}
-        return Row(**told, backend=name, driver=driver, driver_runs=runs, user=user, started=started, command=command)
+        role = PROGRAM if labels.get(run_base.ROLE) == run_base.DRIVER else WORKER
+        known = {"backend": name, "driver": driver, "user": user, "command": command, "role": role}
+        return Row(**told, **known, driver_runs=runs, started=started)
 
 
 def _local(worker: processes.Process, driver: processes.Process) -> Row:
     host = _platform.host_name()
     name = f"{driver.pid}@{host}"
     user = processes.user_name(worker.user)
-    return Row(f"local-{worker.pid}", LOCAL, "running", name, True, name, user, host, "", worker.started, driver.command)
+    job = f"local-{worker.pid}"  # as the executor calls it
+    return Row(job, LOCAL, "running", name, True, name, user, host, "", worker.started, driver.command, WORKER)
 
 
 def settings_for(name: str, settings: _config.Settings) -> _config.Settings:
     """What a backend needs to find its jobs: of the settings, what is meant for it."""
     options = settings.backend_options if settings.backend == name else {}
-    return _config.Settings(backend=name, image=settings.image, backend_options=options)
+    return _config.Settings(backend=name, image=settings.image or _IMAGE, backend_options=options)
 
 
 def _lister(name: str, settings: _config.Settings) -> Callable[[dict[str, JobBackend]], list[dict[str, Any]]]:
