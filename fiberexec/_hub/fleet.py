@@ -71,11 +71,11 @@ class Launcher(Shared):
         self.remains.clear()
 
     def do_answer(self, peer: Peer, request: int, digest: str) -> None:
-        """The code that was asked for, as the frame's first buffer; an empty digest: it is not the user's own."""
+        """The code that was asked for, as the frame's first buffer; with an empty digest, why it is not sent."""
         asking = self._asking.pop(request, None)
         if asking is not None:
             asking.leave()
-            asking.peer.reply(digest or None, peer.buffers)
+            asking.peer.reply(digest, peer.buffers)
 
     def ask_code(self, peer: Peer, name: str) -> Any:
         """Ask for the code of a top-level module; the answer goes to this peer."""
