@@ -40,8 +40,8 @@ class _Place:
     def __init__(self, backend: JobBackend, settings: Any) -> None:
         self.backend = backend
         self.settings = settings
-        self.urls: list[str] = []
-        self.lock = threading.Lock()  # guards urls: the hub is asked once
+        self.port = 0  # of the hub's that its jobs come by
+        self.lock = threading.Lock()  # guards port: the hub is asked once
 
 
 class Launcher:
@@ -191,14 +191,13 @@ class Launcher:
 
     def _urls(self, place: _Place, told: tuple[str, dict[str, Any]]) -> list[str]:
         with place.lock:
-            if not place.urls:
+            if not place.port:
                 certificate, key = self._authority.certificate(SERVER, server=True)
                 hosts = place.backend.advertise()
                 tls = self._authority.ca, certificate, key
                 path = [folder for folder in sys.path if folder]
-                port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
-                place.urls = [f"tls+tcp://{address}" for address in place.backend.reach(port)]
-        return place.urls
+                place.port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
+        return [f"tls+tcp://{address}" for address in place.backend.reach(place.port, self.program)]
 
 
 def _sweep(backend: JobBackend) -> None:

@@ -186,8 +186,11 @@ class JobBackend(Protocol):
     def advertise(self) -> tuple[str, ...]:
         """Addresses of this host that jobs can reach; the hub listens on the first."""
 
-    def reach(self, port: int) -> tuple[str, ...]:
-        """Where agents dial to reach a port of these addresses: "host:port" each. What that takes is made first."""
+    def reach(self, port: int, program: str) -> tuple[str, ...]:
+        """Where agents dial to reach a port of these addresses: "host:port" each. What that takes is made first.
+
+        Asked before each start, since what was made may have gone. Raises LaunchError.
+        """
 
     def start(self, job: Job) -> None:
         """Start a job. Raises LaunchError, which says what happened, what to do, and whether it is final."""

@@ -85,7 +85,7 @@ class DockerBackend:
         """The address of the engine's bridge where the engine is here; else it must be given."""
         return self._options.advertise or self._engine.gateway(self._options.host.get("network_mode", "bridge"))
 
-    def reach(self, port: int) -> tuple[str, ...]:
+    def reach(self, port: int, program: str) -> tuple[str, ...]:
         """Every address is reached directly."""
         return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
 

@@ -107,7 +107,7 @@ class KubernetesBackend:
             )
         return (address,)
 
-    def reach(self, port: int) -> tuple[str, ...]:
+    def reach(self, port: int, program: str) -> tuple[str, ...]:
         """Every address is reached directly."""
         return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
 

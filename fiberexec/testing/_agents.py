@@ -55,7 +55,7 @@ class AgentBackend:
     def advertise(self) -> tuple[str, ...]:
         return (self._options["address"],)
 
-    def reach(self, port: int) -> tuple[str, ...]:
+    def reach(self, port: int, program: str) -> tuple[str, ...]:
         """The address is this host's own."""
         return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
 
