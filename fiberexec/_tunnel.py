@@ -7,14 +7,18 @@ end of the tunnel can read it, or has a key.
 
 Rules:
 - When the stream breaks, everything waits: connections stay open, and the session sends again what was lost.
-- Each end says something every BEAT seconds. A stream on which nothing is heard for three of these is dead.
+- Each end says something every ``beat`` seconds. A stream on which nothing is heard for three of these is dead.
+- The outer end is a program, `python -m fiberexec._tunnel`, which ends when the inner end has been silent for too long.
 """
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import struct
-from _socket import AF_INET, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
+import sys
+from _socket import AF_INET, AF_INET6, IPPROTO_IPV6, IPV6_V6ONLY, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -23,7 +27,8 @@ from fiberexec._relay import IN, OUT, Relays
 from fiberexec._session import KEY_SIZE, MESSAGE_BYTES, Session, read_header
 from fiberexec._stream import Buffer, ProtocolError
 
-BEAT = 5.0  # seconds
+BEAT = 5.0  # seconds, at most
+BEATS = 12  # in the time for which an end may be out of the other's reach
 _LENGTH = struct.Struct("<I")
 _LONGEST = 4 * MESSAGE_BYTES  # bytes of a message
 _FULL = 1 << 20  # bytes that wait for the stream: then no more messages are made
@@ -42,6 +47,7 @@ class _End:
         self._out: deque[Buffer] = deque()
         self._waiting = 0  # bytes in _out
         self._beat_at = 0.0
+        self.beat = BEAT
         self.heard = monotonic()
 
     def opened(self, channel: int) -> None:
@@ -61,13 +67,13 @@ class _End:
         return self._stream is not None
 
     def turn(self) -> None:
-        """Wait for something, at most for a BEAT, and deal with it."""
+        """Wait for something, at most for a beat, and deal with it."""
         self._speak()
-        for fd, events in self._poll.poll(1000 * BEAT / 5):
+        for fd, events in self._poll.poll(1000 * self.beat / 5):
             call = self._calls.get(fd)
             if call is not None:
                 call(events)
-        if self.connected and monotonic() > self.heard + 3 * BEAT:
+        if self.connected and monotonic() > self.heard + 3 * self.beat:
             self.detach()
 
     def attach(self, stream: socket) -> None:
@@ -108,7 +114,7 @@ class _End:
             self._waiting += size + _LENGTH.size
             if beat:
                 beat = False
-                self._beat_at = monotonic() + BEAT
+                self._beat_at = monotonic() + self.beat
                 if session.overdue():
                     session.rewind()
         self._flush()
@@ -173,7 +179,10 @@ class OuterEnd(_End):
     def __init__(self, port: int, inner: int) -> None:
         super().__init__(None)
         self._doors = 0  # the last channel
-        self._agents = _listener("0.0.0.0", port)
+        try:
+            self._agents = _listener("::", port)
+        except OSError:  # a host without IPv6
+            self._agents = _listener("0.0.0.0", port)
         self._streams = _listener("127.0.0.1", inner)
         self.follow(self._streams.fileno(), IN, lambda events: self._welcome())
 
@@ -191,6 +200,7 @@ class OuterEnd(_End):
 
     def run(self, patience: float) -> None:
         """Serve until nothing has been heard of the inner end for ``patience`` seconds."""
+        self.beat = min(BEAT, patience / BEATS)
         while monotonic() < self.heard + patience:
             self.turn()
 
@@ -222,14 +232,33 @@ class InnerEnd(_End):
                 self._pause = 0.1
             except OSError:
                 self._again = monotonic() + self._pause
-                self._pause = min(2 * self._pause, BEAT / 2)
+                self._pause = min(2 * self._pause, self.beat / 2)
         super().turn()
 
 
 def _listener(host: str, port: int) -> socket:
-    sock = socket(AF_INET, SOCK_STREAM)
-    sock.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-    sock.bind((host, port))
-    sock.listen(1024)
+    sock = socket(AF_INET6 if ":" in host else AF_INET, SOCK_STREAM)
+    try:
+        sock.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        if ":" in host:
+            sock.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 0)
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError:
+        sock.close()
+        raise
     sock.setblocking(False)
     return sock
+
+
+def main() -> None:
+    """The outer end's program: the port for agents, the one for the stream, and the patience in seconds."""
+    port, inner, patience = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    # The first process of a container, which signals without a handler do not end. It has nothing to lose.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    OuterEnd(port, inner).run(patience)
+    print(f"fiberexec: nothing was heard of the driver for {patience:g} seconds", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
