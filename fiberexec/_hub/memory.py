@@ -19,7 +19,9 @@ class Memory(Shared):
         if hub.bytes + size > hub.limit:
             hub.free()
         if hub.bytes + size > hub.limit:
-            raise HubFull(f"the hub holds {hub.bytes} bytes, its limit is {hub.limit}, and {size} more were to be shared")
+            raise HubFull(
+                f"the hub holds {hub.bytes} bytes, its limit is {hub.limit}, and {size} bytes of shared memory were to be had"
+            )
         self._data = bytearray(size)
         hub.bytes += size
 
