@@ -121,15 +121,15 @@ subjects:
 def stuck(trouble: Trouble, job: str, image: str, namespace: str) -> str:
     """Why a pod does not start, and what to do."""
     reason, said = trouble.reason, " ".join(trouble.message.split())
-    if reason in ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"):
+    if reason == "InvalidImageName" or "parse image ref" in said or "invalid reference format" in said:
+        what = f"image={image!r} is no name of an image: correct it"
+    elif reason in ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"):
         what = (
             f"correct image={image!r}, or let the cluster log in to its registry: kubectl -n {namespace} create secret "
             'docker-registry NAME ..., and backend_options={"image_pull_secrets": ["NAME"]}'
         )
     elif reason == "ErrImageNeverPull":
         what = f"image {image!r} must be on each node, since imagePullPolicy forbids to pull it: take that from pod_template"
-    elif reason == "InvalidImageName":
-        what = f"image={image!r} is no name of an image: correct it"
     elif reason == "CreateContainerConfigError" and "root" in said:
         what = "the image runs as root, which restricted namespaces forbid: leave user= at its default, or give a uid"
     elif reason == "CreateContainerConfigError":

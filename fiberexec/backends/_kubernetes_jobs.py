@@ -26,7 +26,7 @@ class Known:
         self.unwanted = False  # nobody wants it any more
         self.deleted = False  # and the server has been told so
         self.gone = False  # its object is
-        self.trouble: pods.Trouble | None = None  # why it does not start
+        self.heard: pods.Trouble | None = None  # why it does not start, as its events say
         self.exit: Exit | None = None  # how it ended, where that is known before the end
         self.pod: dict[str, Any] = {}  # as it was last seen, without what is of no use
         self._running = 0.0  # since when
@@ -43,7 +43,11 @@ class Known:
         self.gone = self.gone or gone
         if pods.is_running(pod):
             self._running = self._running or time.monotonic()
-        self.trouble = None if self._running else pods.trouble_of(pod) or self.trouble
+
+    @property
+    def trouble(self) -> pods.Trouble | None:
+        """Why it does not start, as far as that is known."""
+        return None if self._running or not self.pod else pods.trouble_of(self.pod) or self.heard
 
     @property
     def ran(self) -> bool:

@@ -18,7 +18,7 @@ _CREATE = frozenset("CreateContainerConfigError CreateContainerError RunContaine
 # Why an image will not come however long one waits. What is not named here may pass: a busy registry, a slow network.
 _NO_IMAGE = re.compile(
     r"not found|manifest unknown|pull access denied|insufficient_scope|unauthorized|authentication required|denied: |"
-    r"no match for platform|no such host|invalid reference|403 Forbidden|server gave HTTP response",
+    r"no match for platform|no such host|invalid reference|parse image ref|403 Forbidden|server gave HTTP response",
     re.IGNORECASE,
 )
 

@@ -12,18 +12,14 @@ Rules:
 
 from __future__ import annotations
 
-import base64
 import logging
-import os
 import queue
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fiberexec import _platform
 from fiberexec._errors import ConfigError, FiberError, LaunchError
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
@@ -32,6 +28,7 @@ from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends._docker_errors import quoted
 from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines, shut
 from fiberexec.backends._kubernetes_jobs import Known, Verdicts
+from fiberexec.backends._kubernetes_make import Maker
 from fiberexec.backends._kubernetes_reader import Reader, described
 from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
 
@@ -40,6 +37,7 @@ _WORKERS = 8  # where the user does not say how many
 _GRACE = 1  # seconds: with 0 the object would go at once, and its processes live on
 _LINGER = 5.0  # seconds that processes of a pod may live whose object somebody has removed by force
 _LOOK = 5.0  # seconds between looks at the events of a pod that does not start
+_SETUP = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")  # events that no pod's own state tells
 _MISSING = 15.0  # seconds after which what a pod mounts, and is not there, is taken not to come
 _logger = logging.getLogger("fiberexec")
 
@@ -65,7 +63,6 @@ class KubernetesBackend:
             tuple(map(str, range(settings.gpu or 0))),
         )
         self._patience = 0.9 * settings.startup_timeout  # before nobody waits any more
-        self._driver = f"{os.getpid()}@{_platform.host_name()}"
         self._lock = threading.Lock()
         self._jobs: dict[str, Known] = {}
         self._verdicts = Verdicts()
@@ -73,8 +70,8 @@ class KubernetesBackend:
         self._slots = threading.BoundedSemaphore(_STARTS)
         self._api = Api(wanted.context)
         self._reader = Reader(self._api, wanted.namespace)
+        self._maker = Maker(self._api, self._reader, wanted)
         self._watch: watches.Watch | None = None
-        self._own: dict[str, Any] | None = None  # the driver's pod; {}: none that could own anything
         self._answered = False
         self._closed = False
         self._looked = 0.0
@@ -122,7 +119,7 @@ class KubernetesBackend:
         try:
             self._watched(job.program)
             with self._slots:
-                self._create(job, known)
+                known.image = self._maker.make(job)
         except BaseException as error:
             known.unwanted = True
             self._discard(job.id, known)
@@ -142,67 +139,6 @@ class KubernetesBackend:
             watch = self._watch
         watch.wait(30.0)
         self._answered = True
-
-    def _create(self, job: Job, known: Known) -> None:
-        command = [self._options.python or job.command[0], *job.command[1:]]
-        if command[-1] == "-":
-            command[-1] = options.CREDENTIALS
-        labels = {
-            "fiberexec.program": job.program,
-            "fiberexec.job": job.id,
-            "fiberexec.user": str(os.getuid()),
-            "fiberexec.started": str(int(time.time())),
-            "fiberexec.driver": _label(self._driver),
-        }
-        own = self._own_pod()
-        image = self._options.image or ("" if self._options.template else _image_of(own))
-        try:
-            body = options.pod(self._options, image, job.id, command, labels, {"fiberexec.driver": self._driver})
-        except (OSError, ValueError) as error:
-            raise LaunchError(f"backend_options: pod_template={self._options.template!r}: {error}", final=True) from error
-        if own and own["metadata"]["namespace"] == self._namespace:
-            body["metadata"]["ownerReferences"] = [_owner(own)]
-        known.image = pods.image(body)
-        made = self._post("pods", body, job)
-        # After the pod, which owns it: it is there before the kubelet looks.
-        secret = {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "type": "Opaque",
-            "immutable": True,
-            "metadata": {"name": job.id, "labels": labels, "ownerReferences": [_owner(made)]},
-            "data": {os.path.basename(options.CREDENTIALS): base64.b64encode(job.credentials).decode()},
-        }
-        self._post("secrets", secret, job)
-
-    def _post(self, kind: str, body: Any, job: Job) -> Any:
-        try:
-            return self._api.call("POST", self._reader.path(kind), body=body)
-        except ApiError as error:
-            if error.status != 409 or error.reason != "AlreadyExists":
-                raise
-            if kind == "secrets":
-                return body  # no name is used twice: an earlier attempt, whose answer was lost
-            found = self._api.call("GET", self._reader.path(kind, job.id))
-            if found["metadata"].get("labels", {}).get("fiberexec.program") != job.program:
-                raise
-            return found
-
-    def _own_pod(self) -> dict[str, Any]:
-        """The pod in which this program is, {} for none."""
-        with self._lock:
-            if self._own is None:
-                self._own = {}
-                if self._api.in_cluster:
-                    try:
-                        path = f"/api/v1/namespaces/{self._api.namespace()}/pods/{socket.gethostname()}"
-                        self._own = self._api.call("GET", path, patience=5.0)
-                    except ApiError as error:
-                        _logger.debug("this pod cannot be looked at: %s", error)
-                        if not (self._options.image or self._options.template):
-                            self._own = None
-                            raise
-            return self._own or {}
 
     def terminate(self, jobs: Sequence[str]) -> None:
         """Delete pods; their Secrets go with them."""
@@ -303,17 +239,15 @@ class KubernetesBackend:
                 self._give_up(job, known, trouble or pods.Trouble("Pending", events, False))
             elif trouble is not None:
                 self._warn(job, trouble)
-        mute = [(job, known) for job, known in waiting if known.trouble is None and now > known.since + _LOOK]
+        mute = [(job, known) for job, known in waiting if known.trouble is known.heard and now > known.since + _LOOK]
         if mute and now > self._looked + _LOOK:  # one of them is enough: they are all alike
             self._looked = now
             job, known = min(mute, key=lambda each: each[1].since)
-            found = self._reader.events(job)
-            for reason, message in reversed(found):
-                if reason in ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"):
+            for reason, message in self._reader.events(job):
+                if reason in _SETUP:
                     # The Secret with the credentials is ours, and on its way.
                     missing = "not found" in message and f'secret "{job}"' not in message and now > known.since + _MISSING
-                    known.trouble = pods.Trouble(reason, message, missing)
-                    break
+                    known.heard = pods.Trouble(reason, message, missing)
         return ended
 
     def _warn(self, job: str, trouble: pods.Trouble) -> None:
@@ -424,20 +358,3 @@ class KubernetesBackend:
         with self._lock:
             self._closed = True
         self._queue.put(None)
-
-
-def _owner(pod: dict[str, Any]) -> dict[str, Any]:
-    meta = pod["metadata"]
-    return {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
-
-
-def _image_of(own: dict[str, Any]) -> str:
-    """The image of the driver's own pod: of the container that looks like a program's."""
-    containers = own.get("spec", {}).get("containers") or ()
-    return str(containers[0]["image"]) if containers else ""
-
-
-def _label(text: str) -> str:
-    """Text as the value of a label."""
-    return re.sub(r"[^A-Za-z0-9_.-]", ".", text)[:63].strip("._-")
-

@@ -47,7 +47,7 @@ def no_pods(one: Place) -> bool:
     ("image", "template", "reason", "said"),
     [
         ("registry.invalid/some/image:1", {}, "ErrImagePull", "correct image='registry.invalid/some/image:1'"),
-        ("UPPER/case", {}, "InvalidImageName", "image='UPPER/case' is no name of an image"),
+        ("not:a:name", {}, "InvalidImageName", "image='not:a:name' is no name of an image"),
         ("no-such/image:1", {"imagePullPolicy": "Never"}, "ErrImageNeverPull", "must be on each node"),
         (None, {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "none", "key": "a"}}}]},
          "CreateContainerConfigError", 'secret "none" not found. What to do: create the Secret'),

@@ -1,0 +1,113 @@
+"""What is created for a job: a pod, and a Secret that belongs to it."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from typing import Any
+
+from fiberexec import _platform
+from fiberexec._errors import LaunchError
+from fiberexec.backends import _kubernetes_options as options
+from fiberexec.backends import _kubernetes_pods as pods
+from fiberexec.backends._kubernetes_api import Api, ApiError
+from fiberexec.backends._kubernetes_reader import Reader
+from fiberexec.backends.base import Job
+
+_logger = logging.getLogger("fiberexec")
+
+
+class Maker:
+    """Makes the pods of one backend. Any thread may call."""
+
+    def __init__(self, api: Api, reader: Reader, wanted: options.Options) -> None:
+        self._api = api
+        self._reader = reader
+        self._wanted = wanted
+        self._driver = f"{os.getpid()}@{_platform.host_name()}"
+        self._lock = threading.Lock()
+        self._own: dict[str, Any] | None = None  # the driver's pod; {}: none that could own anything
+
+    def make(self, job: Job) -> str:
+        """Create a pod, and its Secret; returns its image. Raises ApiError, Setup and LaunchError."""
+        wanted = self._wanted
+        command = [wanted.python or job.command[0], *job.command[1:]]
+        if command[-1] == "-":
+            command[-1] = options.CREDENTIALS
+        labels = {
+            "fiberexec.program": job.program,
+            "fiberexec.job": job.id,
+            "fiberexec.user": str(os.getuid()),
+            "fiberexec.started": str(int(time.time())),
+            "fiberexec.driver": _label(self._driver),
+        }
+        own = self._own_pod()
+        image = wanted.image or ("" if wanted.template else _image_of(own))
+        try:
+            body = options.pod(wanted, image, job.id, command, labels, {"fiberexec.driver": self._driver})
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"backend_options: pod_template={wanted.template!r}: {error}", final=True) from error
+        if own and own["metadata"]["namespace"] == self._reader.namespace():
+            body["metadata"]["ownerReferences"] = [_owner(own)]
+        made = self._post("pods", body, job)
+        # After the pod, which owns it: it is there before the kubelet looks.
+        secret = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "type": "Opaque",
+            "immutable": True,
+            "metadata": {"name": job.id, "labels": labels, "ownerReferences": [_owner(made)]},
+            "data": {os.path.basename(options.CREDENTIALS): base64.b64encode(job.credentials).decode()},
+        }
+        self._post("secrets", secret, job)
+        return pods.image(body)
+
+    def _post(self, kind: str, body: Any, job: Job) -> Any:
+        try:
+            return self._api.call("POST", self._reader.path(kind), body=body)
+        except ApiError as error:
+            if error.status != 409 or error.reason != "AlreadyExists":
+                raise
+            if kind == "secrets":
+                return body  # no name is used twice: this is an earlier attempt, whose answer was lost
+            found = self._api.call("GET", self._reader.path(kind, job.id))
+            if found["metadata"].get("labels", {}).get("fiberexec.program") != job.program:
+                raise
+            return found
+
+    def _own_pod(self) -> dict[str, Any]:
+        """The pod in which this program is, {} for none."""
+        with self._lock:
+            if self._own is None:
+                self._own = {}
+                if self._api.in_cluster:
+                    try:
+                        path = f"/api/v1/namespaces/{self._api.namespace()}/pods/{socket.gethostname()}"
+                        self._own = self._api.call("GET", path, patience=5.0)
+                    except ApiError as error:
+                        _logger.debug("this pod cannot be looked at: %s", error)
+                        if not (self._wanted.image or self._wanted.template):
+                            self._own = None
+                            raise
+            return self._own or {}
+
+
+def _owner(pod: dict[str, Any]) -> dict[str, Any]:
+    meta = pod["metadata"]
+    return {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
+
+
+def _image_of(own: dict[str, Any]) -> str:
+    """The image of a pod's first container."""
+    containers = own.get("spec", {}).get("containers") or ()
+    return str(containers[0]["image"]) if containers else ""
+
+
+def _label(text: str) -> str:
+    """Text as the value of a label."""
+    return re.sub(r"[^A-Za-z0-9_.-]", ".", text)[:63].strip("._-")
