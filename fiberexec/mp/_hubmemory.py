@@ -48,17 +48,27 @@ class Memory(Handle):
 
 
 class HubObject:
-    """A ctypes object of type ``_type``, whose bytes begin at ``_start``."""
+    """A ctypes object of type ``_type``, whose bytes begin at ``_start``; None: it is all of the memory.
+
+    As with ctypes in shared memory, it travels as itself if it is that, and a part of it as a copy.
+    """
 
     _memory: Memory
     _type: Any
     _start: int
+    _is_part: bool
 
-    def __init__(self, memory: Memory, type_: Any, start: int) -> None:
-        vars(self).update(_memory=memory, _type=type_, _start=start)
+    def __init__(self, memory: Memory, type_: Any, start: int | None = None) -> None:
+        vars(self).update(_memory=memory, _type=type_, _start=start or 0, _is_part=start is not None)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return view, (self._memory, self._type, self._start)
+        return (_itself, (self.load(),)) if self._is_part else (view, (self._memory, self._type))
+
+    def __copy__(self) -> Any:
+        return self.load()
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self.load()
 
     def __repr__(self) -> str:
         return f"<{self._type.__name__} in the hub>"
@@ -91,7 +101,7 @@ class HubValue(HubObject):
 
 
 class HubArray(HubObject):
-    def __init__(self, memory: Memory, type_: Any, start: int) -> None:
+    def __init__(self, memory: Memory, type_: Any, start: int | None = None) -> None:
         super().__init__(memory, type_, start)
         vars(self)["_size"] = ctypes.sizeof(type_._type_)  # of an item
 
@@ -189,8 +199,8 @@ def _has_parts(type_: Any) -> bool:
     return issubclass(type_, (ctypes.Structure, ctypes.Union, ctypes.Array))
 
 
-def view(memory: Memory, type_: Any, start: int) -> Any:
-    """The object of a type whose bytes begin there."""
+def view(memory: Memory, type_: Any, start: int | None = None) -> Any:
+    """The object of a type whose bytes begin there; None: that is all of this memory."""
     if issubclass(type_, ctypes.Array):
         kind: Any = HubString if type_._type_ in (ctypes.c_char, ctypes.c_wchar) else HubArray
     else:
@@ -198,9 +208,17 @@ def view(memory: Memory, type_: Any, start: int) -> Any:
     return kind(memory, type_, start)
 
 
-def new(obj: Any) -> Any:
+def new(type_: Any) -> Any:
+    """An object of a type, in the hub and all zero."""
+    return view(Memory(ctypes.sizeof(type_)), type_)
+
+
+def copied(obj: Any) -> Any:
     """An object in the hub that is equal to a ctypes object of this process."""
-    made = view(Memory(ctypes.sizeof(obj)), type(obj), 0)
-    if data := bytes(obj).rstrip(b"\0"):
-        made._memory.write(0, data)
+    made = new(type(obj))
+    made.store(obj)
     return made
+
+
+def _itself(obj: Any) -> Any:
+    return obj

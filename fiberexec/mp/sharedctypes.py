@@ -54,7 +54,7 @@ def RawValue(typecode_or_type: Any, *args: Any, ctx: Any = None) -> Any:
     """
     type_ = typecode_to_type.get(typecode_or_type, typecode_or_type)
     if _is_far(ctx):
-        return _hubmemory().new(type_(*args))
+        return _hubmemory().copied(type_(*args)) if args else _hubmemory().new(type_)
     obj = _new(type_)
     ctypes.memset(ctypes.addressof(obj), 0, ctypes.sizeof(obj))
     obj.__init__(*args)
@@ -69,7 +69,7 @@ def RawArray(typecode_or_type: Any, size_or_initializer: Any, *, ctx: Any = None
     else:
         size, items = len(size_or_initializer), size_or_initializer
     if _is_far(ctx):
-        return _hubmemory().new((type_ * size)(*items))
+        return _hubmemory().copied((type_ * size)(*items)) if len(items) else _hubmemory().new(type_ * size)
     obj = _new(type_ * size)
     ctypes.memset(ctypes.addressof(obj), 0, ctypes.sizeof(obj))
     obj.__init__(*items)
@@ -112,7 +112,7 @@ def _in_hub(obj: Any) -> bool:
 def copy(obj: Any) -> Any:
     """A copy of a ctypes object, in shared memory."""
     if _in_hub(obj):
-        return _hubmemory().new(obj.load())
+        return _hubmemory().copied(obj.load())
     made = _new(type(obj))
     ctypes.pointer(made)[0] = obj
     return made

@@ -26,6 +26,29 @@ def no_jobs_left(nothing_left_behind: None) -> Iterator[None]:
     launch.close()
 
 
+# Modules whose tests run on every backend that is reachable, but for those that the marker ``one_host(reason)`` keeps back.
+EVERYWHERE = {
+    "test_asyncmanager", "test_condition", "test_hub_faults", "test_hub_memory", "test_manager_ends", "test_managers",
+    "test_queues", "test_ring", "test_sharedctypes", "test_synchronize",
+}  # fmt: skip
+BACKENDS = ["local", "agents"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    everywhere = metafunc.module.__name__.rpartition(".")[2] in EVERYWHERE
+    if everywhere and metafunc.definition.get_closest_marker("one_host") is None:
+        metafunc.parametrize("backend", BACKENDS, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, no_settings: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where processes run in this test."""
+    name: str = getattr(request, "param", "local")
+    if name != "local":
+        monkeypatch.setenv("FIBEREXEC_BACKEND", name)
+    return name
+
+
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
     made = Gate(tmp_path / "gate")

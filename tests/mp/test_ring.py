@@ -161,6 +161,7 @@ def test_a_failing_initializer_ends_the_ring() -> None:
         mp.Ring(2, lambda rank, size: None, initialize).run()
 
 
+@pytest.mark.one_host("other backends have other sizes")
 def test_the_functions_meta_sizes_the_processes() -> None:
     @fiberexec.meta(cpu=10_000)
     def work(rank: int, size: int) -> None:

@@ -23,6 +23,7 @@ from fiberexec._hub import launch
 from fiberexec._serialize import dumps, loads
 from fiberexec.mp import heap, sharedctypes
 
+memory = pytest.mark.one_host("the memory itself is shared")
 NUMBERS = [("i", 4343, 24234), ("d", 3.625, -4.25), ("h", -232, 234), ("q", 2**33, 2**34), ("c", b"x", b"y"), ("u", "a", "b")]
 
 
@@ -77,6 +78,7 @@ def test_a_task_and_its_driver_see_one_array(raw: bool) -> None:
         assert array[:] == [13, 7, -1] and len(array) == 3
 
 
+@memory
 def test_it_is_the_same_memory_again_where_it_came_from() -> None:
     array = mp.RawArray("d", 3)
     again = travelled(travelled(array))
@@ -113,6 +115,7 @@ def test_memory_used_before_arrives_as_zeros() -> None:
     assert mp.RawArray("i", 0)[:] == []
 
 
+@memory
 def test_numpy_sees_the_memory_itself() -> None:
     array = mp.RawArray("d", 1000)
     view = np.frombuffer(array)
@@ -127,7 +130,7 @@ def test_locks_are_made_taken_over_or_left_out() -> None:
     value = mp.Value("i", 5)
     with value, value.get_lock():  # held twice by its holder
         value.value += 1
-    assert value.get_obj().value == 6
+    assert value.value == 6
     assert mp.Value("i", 5, lock=None).get_lock() is not None
     lock = mp.Lock()
     assert mp.Value("i", 5, lock=lock).get_lock() is lock
@@ -139,6 +142,13 @@ def test_locks_are_made_taken_over_or_left_out() -> None:
     with pytest.raises(AssertionError, match="already"):
         sharedctypes.synchronized(value)
     assert "wrapper for" in repr(value)
+
+
+@memory
+def test_the_object_behind_the_lock_can_be_had() -> None:
+    value = mp.Value("i", 5)
+    value.get_obj().value += 1
+    assert value.value == 6
 
 
 def test_increments_under_the_lock_are_not_lost() -> None:
@@ -184,6 +194,7 @@ def test_objects_of_ctypes_that_are_not_shared_travel_by_value() -> None:
     assert points[0].x == 1
 
 
+@memory
 def test_small_objects_share_files_and_what_was_never_pickled_gives_its_memory_back() -> None:
     values = [mp.RawValue("i", number) for number in range(100)]
     assert len(files()) == 1
@@ -223,6 +234,7 @@ def test_a_fork_leaves_both_sides_their_memory() -> None:
             del others
 
 
+@memory
 def test_memory_that_is_not_there_is_refused_when_it_is_made() -> None:
     with pytest.raises(OSError, match="shared memory"):
         mp.RawArray("b", 1 << 50)
@@ -231,6 +243,7 @@ def test_memory_that_is_not_there_is_refused_when_it_is_made() -> None:
         mp.RawArray("b", -1)
 
 
+@memory
 def test_an_object_of_another_host_or_program_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     array = mp.RawArray("i", 3)
     pickled = dumps(array)
@@ -245,6 +258,7 @@ def test_an_object_of_another_host_or_program_says_so(monkeypatch: pytest.Monkey
         loads(*pickled)
 
 
+@memory
 def test_without_the_hubs_folder_the_error_says_so() -> None:
     address = launch.address()
     launch.close()
@@ -253,6 +267,7 @@ def test_without_the_hubs_folder_the_error_says_so() -> None:
         mp.RawValue("i")
 
 
+@memory
 def test_files_are_for_this_user_alone() -> None:
     array = mp.RawArray("i", 3)
     assert [file.stat().st_mode & 0o777 for file in files()] == [0o600]
@@ -260,6 +275,7 @@ def test_files_are_for_this_user_alone() -> None:
     del array
 
 
+@memory
 def test_nothing_is_left_of_a_killed_program() -> None:
     program = (
         "from fiberexec import mp; from fiberexec._hub import launch; array = mp.Array('i', 5)\n"
