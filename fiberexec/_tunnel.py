@@ -18,7 +18,18 @@ import select
 import signal
 import struct
 import sys
-from _socket import AF_INET, AF_INET6, IPPROTO_IPV6, IPV6_V6ONLY, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
+from _socket import (
+    AF_INET,
+    AF_INET6,
+    IPPROTO_IPV6,
+    IPPROTO_TCP,
+    IPV6_V6ONLY,
+    SO_REUSEADDR,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    TCP_NODELAY,
+    socket,
+)
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -196,7 +207,9 @@ class OuterEnd(_End):
             return  # the other end has not said which session it is
         fd, _ = self._agents._accept()  # type: ignore[attr-defined]
         self._doors += 1
-        self.relays.open(self._doors, socket(fileno=fd))
+        sock = socket(fileno=fd)
+        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        self.relays.open(self._doors, sock)
 
     def run(self, patience: float) -> None:
         """Serve until nothing has been heard of the inner end for ``patience`` seconds."""
@@ -220,6 +233,7 @@ class InnerEnd(_End):
     def opened(self, channel: int) -> None:
         sock = socket(AF_INET, SOCK_STREAM)
         try:
+            sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
             sock.connect(("127.0.0.1", self._port))
         except OSError:
             pass  # the relay finds it broken, and closes the channel

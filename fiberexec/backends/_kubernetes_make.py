@@ -32,16 +32,15 @@ class Maker:
         self._driver = f"{os.getpid()}@{_platform.host_name()}"
         self._lock = threading.Lock()
         self._own: dict[str, Any] | None = None  # the driver's pod; {}: none that could own anything
+        self.owner: dict[str, Any] | None = None  # of all pods that are made, where that is not the driver's
 
-    def make(self, job: Job) -> str:
-        """Create a pod, and its Secret; returns its image. Raises ApiError, Setup and LaunchError."""
+    def pod(self, name: str, program: str, command: list[str]) -> dict[str, Any]:
+        """The pod of a job. Raises ApiError, Setup and LaunchError."""
         wanted = self._wanted
-        command = [wanted.python or job.command[0], *job.command[1:]]
-        if command[-1] == "-":
-            command[-1] = options.CREDENTIALS
+        command = [wanted.python or command[0], *command[1:]]
         labels = {
-            "fiberexec.program": job.program,
-            "fiberexec.job": job.id,
+            "fiberexec.program": program,
+            "fiberexec.job": name,
             "fiberexec.user": str(os.getuid()),
             "fiberexec.started": str(int(time.time())),
             "fiberexec.driver": _label(self._driver),
@@ -49,11 +48,21 @@ class Maker:
         own = self._own_pod()
         image = wanted.image or ("" if wanted.template else _image_of(own))
         try:
-            body = options.pod(wanted, image, job.id, command, labels, {"fiberexec.driver": self._driver})
+            body = options.pod(wanted, image, name, command, labels, {"fiberexec.driver": self._driver})
         except (OSError, ValueError) as error:
             raise LaunchError(f"backend_options: pod_template={wanted.template!r}: {error}", final=True) from error
         if own and own["metadata"]["namespace"] == self._reader.namespace():
             body["metadata"]["ownerReferences"] = [_owner(own)]
+        if self.owner is not None:
+            body["metadata"]["ownerReferences"] = [self.owner]
+        return body
+
+    def make(self, job: Job) -> str:
+        """Create a pod, and its Secret; returns its image. Raises ApiError, Setup and LaunchError."""
+        command = list(job.command)
+        if command[-1] == "-":
+            command[-1] = options.CREDENTIALS
+        body = self.pod(job.id, job.program, command)
         made = self._post("pods", body, job)
         # After the pod, which owns it: it is there before the kubelet looks.
         secret = {
@@ -61,7 +70,7 @@ class Maker:
             "kind": "Secret",
             "type": "Opaque",
             "immutable": True,
-            "metadata": {"name": job.id, "labels": labels, "ownerReferences": [_owner(made)]},
+            "metadata": {"name": job.id, "labels": body["metadata"]["labels"], "ownerReferences": [_owner(made)]},
             "data": {os.path.basename(options.CREDENTIALS): base64.b64encode(job.credentials).decode()},
         }
         self._post("secrets", secret, job)

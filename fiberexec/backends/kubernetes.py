@@ -29,6 +29,7 @@ from fiberexec.backends._docker_errors import quoted
 from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines, shut
 from fiberexec.backends._kubernetes_jobs import Known, Verdicts
 from fiberexec.backends._kubernetes_make import Maker
+from fiberexec.backends._kubernetes_outpost import Way
 from fiberexec.backends._kubernetes_reader import Reader, described
 from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
 
@@ -71,6 +72,7 @@ class KubernetesBackend:
         self._api = Api(wanted.context)
         self._reader = Reader(self._api, wanted.namespace)
         self._maker = Maker(self._api, self._reader, wanted)
+        self._way = Way(self._maker, self._reader, self._verdicts, wanted.context, settings.driver_timeout, self._patience)
         self._watch: watches.Watch | None = None
         self._answered = False
         self._closed = False
@@ -89,24 +91,31 @@ class KubernetesBackend:
         return errors.explained(error, doing, namespace, new=not self._answered)
 
     def advertise(self) -> tuple[str, ...]:
-        """The pod's own address in a cluster; elsewhere the one that this host has towards the nodes."""
+        """The address given, or the pod's own. Outside the cluster the hub listens for this host alone: see reach()."""
         if self._options.advertise:
             return self._options.advertise
+        if not self._api.in_cluster:
+            return ("127.0.0.1",)
         try:
             address = self._api.own_address()
         except Exception as error:
             raise self._failed(error, "looking for the cluster") from error
         if not address:
             raise LaunchError(
-                "Kubernetes: this host has no address from which pods could be reached: say under which they reach it, "
-                'backend_options={"advertise_address": ...}, or run the program in the cluster',
+                "Kubernetes: this pod has no address under which others could reach it: say one, "
+                'backend_options={"advertise_address": ...}',
                 final=True,
             )
         return (address,)
 
     def reach(self, port: int, program: str) -> tuple[str, ...]:
-        """Every address is reached directly."""
-        return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
+        """Addresses in the cluster are reached directly, a driver outside by an outpost, which is made here."""
+        if self._options.advertise or self._api.in_cluster:
+            return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
+        try:
+            return (self._way.reach(port, program),)
+        except Exception as error:
+            raise self._failed(error, "making an outpost") from error
 
     # -- starting
 
@@ -358,3 +367,4 @@ class KubernetesBackend:
         with self._lock:
             self._closed = True
         self._queue.put(None)
+        self._way.close()
