@@ -22,6 +22,7 @@ from services.base import wait_until
 from fiberexec import _config
 from fiberexec.backends.base import Exit, Job, JobEnded
 
+BRIDGE = "10.214.0.1"  # the address of an own engine's bridge
 DEADLINE = 30.0  # seconds, for what takes less than one where nothing else runs
 _numbers = itertools.count(1)
 
@@ -98,7 +99,13 @@ def place() -> Iterator[Callable[..., Place]]:
     yield make
     for one in made:
         one.close()
-    gc.collect()  # Docker's SDK leaves the socket of a connection that is refused to the garbage collector
+
+
+@pytest.fixture(autouse=True)
+def garbage() -> Iterator[None]:
+    """Docker's SDK leaves the socket of a connection that is refused to the garbage collector."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -120,7 +127,13 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.url = f"unix://{folder}/docker.sock"
+        self._bridge = f"fxd{os.getpid()}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._ip("link", "add", self._bridge, "type", "bridge")
+        self._ip("addr", "add", f"{BRIDGE}/24", "dev", self._bridge)
+
+    def _ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, timeout=30)
 
     def _run(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.log", "ab") as log:
@@ -132,6 +145,12 @@ class Engine:
         done = subprocess.run(["docker", "-H", self.url, *arguments], capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    def load(self, image: str) -> None:
+        """Copy an image of the machine's own engine."""
+        with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as save:
+            command = ["docker", "-H", self.url, "load"]
+            subprocess.run(command, stdin=save.stdout, check=True, timeout=100, capture_output=True)
 
     def answers(self) -> bool:
         command = ["docker", "-H", self.url, "version"]
@@ -150,19 +169,10 @@ class Engine:
         (self.folder / "pid").unlink(missing_ok=True)
         self._run(
             "dockerd",
-            *(
-                "unshare",
-                "--net",
-                "dockerd",
-                "--host",
-                self.url,
-                "--containerd",
-                f"{self.folder}/c.sock",
-                "--pidfile",
-                f"{self.folder}/pid",
-            ),
+            *("dockerd", "--host", self.url, "--containerd", f"{self.folder}/c.sock", "--pidfile", f"{self.folder}/pid"),
             *("--data-root", f"{self.folder}/d", "--exec-root", f"{self.folder}/e", "--shutdown-timeout", "2"),
-            *("--bridge", "none", "--iptables=false", "--ip-masq=false"),  # the other engine's are left alone
+            # Without a bridge of its own it would remove that of the machine's engine.
+            *("--bridge", self._bridge, "--iptables=false", "--ip-masq=false", "--ip-forward=false"),
         )
         wait_until(self.answers, DEADLINE)
         assert self.answers(), (self.folder / "dockerd.log").read_text()[-2000:]
@@ -187,6 +197,7 @@ class Engine:
         for one in sorted((one for one in places if one.startswith(str(self.folder))), reverse=True):
             subprocess.run(["umount", "-l", one], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._ip("link", "del", self._bridge)
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +209,7 @@ def own_engine() -> Iterator[Engine]:
     engine = Engine(Path(tempfile.mkdtemp(prefix="fx", dir="/var/tmp")))  # overlayfs does not work on overlayfs
     try:
         engine.up()
-        with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as save:
-            subprocess.run(["docker", "-H", engine.url, "load"], stdin=save.stdout, check=True, timeout=100)
+        engine.load(image)
         yield engine
     finally:
         engine.remove()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import services
 
-from fiberexec import LaunchError
+from fiberexec import FiberExecutor, LaunchError
 
 from .conftest import Engine, Place
 
@@ -58,9 +61,7 @@ def test_a_job_that_failed_while_the_engine_was_away_is_to_blame(own_engine: Eng
     job = place.start(1, "import time; print('up', flush=True); time.sleep(1); raise SystemExit(5)")
     place.says(job, "up")
     own_engine.down(signal.SIGKILL)  # containers live on
-    import time
-
-    time.sleep(2)
+    time.sleep(2)  # an end that nobody sees
     own_engine.up()
     exit = place.end(job, 60)
     assert exit.code == 5 and not exit.infrastructure
@@ -87,3 +88,26 @@ def test_jobs_that_were_given_up_while_the_engine_was_away_are_gone_when_it_is_b
     own_engine.up()
     place.end(job, 60)
     assert place.backend.list() == []
+
+
+@pytest.fixture(scope="module")
+def image_of_workers(own_engine: Engine) -> str:
+    image = services.worker_image()
+    own_engine.load(image)
+    return image
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_engine_that_restarts_under_an_executor_costs_no_task(
+    how: signal.Signals, image_of_workers: str, own_engine: Engine, there: Callable[..., Place]
+) -> None:
+    image = image_of_workers
+    with FiberExecutor(2, backend="docker", image=image, max_worker_losses=1) as ex:
+        assert ex.submit(os.getenv, "USER").result() == "fiberexec"
+        futures = [ex.submit(time.sleep, 3) for _ in range(4)]
+        while not any(future.running() for future in futures):
+            time.sleep(0.05)
+        own_engine.down(how)
+        own_engine.up()
+        assert [future.result() for future in futures] == [None] * 4  # with one loss each at most: nobody was charged

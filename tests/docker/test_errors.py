@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -284,15 +284,6 @@ def test_another_python_is_named_where_the_image_says_so() -> None:
     from fiberexec.backends._docker_errors import verdict
 
     assert "it has Python 3.8.1" in verdict("some:image", "No module named fiberexec", "3.8.1")
-
-
-@pytest.fixture(autouse=True)
-def garbage() -> Iterator[None]:
-    """Docker's SDK leaves the socket of a connection that is refused to the garbage collector."""
-    import gc
-
-    yield
-    gc.collect()
 
 
 pytestmark = [
