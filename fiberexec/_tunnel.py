@@ -121,7 +121,7 @@ class _End:
         while (session.has_output or beat) and self._waiting < _FULL:
             parts = session.take()
             size = sum(map(len, parts))
-            self._out += [_LENGTH.pack(size), *parts]
+            self._out.append(b"".join([_LENGTH.pack(size), *parts]))  # many small pieces are much work on the way
             self._waiting += size + _LENGTH.size
             if beat:
                 beat = False
@@ -199,7 +199,9 @@ class OuterEnd(_End):
 
     def _welcome(self) -> None:
         fd, _ = self._streams._accept()  # type: ignore[attr-defined]
-        self.attach(socket(fileno=fd))
+        stream = socket(fileno=fd)
+        stream.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        self.attach(stream)
         self.follow(self._agents.fileno(), IN, lambda events: self._accept())
 
     def _accept(self) -> None:
