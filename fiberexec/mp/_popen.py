@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import sys
+from collections.abc import Mapping
 from functools import partial
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any
@@ -44,7 +46,7 @@ class Popen:
         try:
             call = dumps_call(self._pickle(process_obj), {})
             self._jobs = _jobs.get()
-            self._jobs.start(job, partial(_setup, method), partial(_task, *call))
+            self._jobs.start(job, partial(_setup, method, size.backend), partial(_task, *call))
         except BaseException:
             job.finish(Exit())
             self.close()
@@ -119,14 +121,14 @@ class Popen:
         return resource_sharer.DupFd(fd)
 
 
-def _setup(method: str | None, same_host: bool) -> tuple[bytes, list[Buffer]]:
+def _setup(method: str | None, backend: str | None, same_host: bool) -> tuple[bytes, list[Buffer]]:
     """The SETUP frame: see Worker._setup, and prepare() in the child."""
-    settings = _config.load()
+    settings = _config.load(backend=backend)
     _changed.update(name for name in {*os.environ, *_environ} if os.environ.get(name) != _environ.get(name))
     told = {
         "authkey": bytes(process.current_process().authkey),
         "hub": tuple(hub.address()),
-        "environ": {name: os.environ.get(name) for name in list(_changed)},
+        "environ": {name: os.environ.get(name) for name in list(_changed)} | ({} if same_host else _variables(settings)),
         "interruptible": signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,
         "log_level": util._logger and util._logger.getEffectiveLevel(),
         "log_to_stderr": util._log_to_stderr,
@@ -148,6 +150,27 @@ def _setup(method: str | None, same_host: bool) -> tuple[bytes, list[Buffer]]:
     if same_host:
         message["path"] = list(sys.path)
     return messages.encode(message), buffers
+
+
+def _variables(settings: _config.Settings) -> dict[str, str]:
+    """The settings that apply here, for a child on another host, which starts its own processes in the same way.
+
+    Neither the file that they may come from is there, nor this process' environment.
+    """
+    found = {"backend": settings.backend}
+    for name, source in settings.sources.items():
+        value = getattr(settings, name)
+        if source in (_config.DEFAULT, _config.ARGUMENT):
+            continue
+        elif name == "memory":
+            found[name] = f"{value >> 10}Ki"
+        elif isinstance(value, Mapping):
+            found[name] = json.dumps(dict(value))
+        elif isinstance(value, tuple):
+            found[name] = os.pathsep.join(value)
+        else:
+            found[name] = str(value)
+    return {_config.PREFIX + name.upper(): text for name, text in found.items()}
 
 
 def _task(data: bytes, buffers: list[Buffer], devices: str | None) -> tuple[bytes, list[Buffer]]:

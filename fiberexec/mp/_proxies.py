@@ -20,6 +20,7 @@ from multiprocessing.process import current_process
 from typing import Any
 
 from fiberexec._errors import FiberError, HubLost
+from fiberexec._hub import launch
 from fiberexec._serialize import PicklingError
 from fiberexec.mp.connection import Client, Listener
 
@@ -45,6 +46,11 @@ def reaching(address: Any) -> Iterator[None]:
 
 def lost(address: Any, error: Exception) -> ManagerLost:
     why = str(error) or "its process has ended"
+    if isinstance(error, FileNotFoundError) and launch.in_job():
+        return ManagerLost(
+            f"the manager at {address!r} is gone, or on another host, where only its own processes reach it: start it in the "
+            "context of the backend that the processes run on, such as get_context('docker').Manager()"
+        )
     return ManagerLost(f"the manager at {address!r} is gone with all that it held: {why}; start another one")
 
 

@@ -127,7 +127,8 @@ def _attach(path: str, whole: int, start: int, size: int, host: str) -> BufferWr
         if here == host:
             reason = "the program that made it has ended"
         else:
-            reason = f"it is on host {host}, this is {here}: only processes on one host share memory, use a Manager's objects"
+            reason = f"it is on host {host}, this is {here}: only processes on one host share memory; "
+            reason += "make it in the context of the backend that the processes run on, such as get_context('docker')"
         raise FileNotFoundError(2, f"this shared memory cannot be reached: {reason}", path) from None
     block = BufferWrapper.__new__(BufferWrapper)
     block._place(arena, start, size)

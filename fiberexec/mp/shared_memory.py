@@ -69,5 +69,6 @@ def _attach(kind: Any, name: str, host: str) -> Any:
         here = _platform.host_name()
         if here == host:
             raise
-        text = f"shared memory is for processes of one host: it was made on {host}, this is {here}; use a Manager's objects"
+        text = f"shared memory is for processes of one host: it was made on {host}, this is {here}; "
+        text += "use an Array, or a Manager's objects"
         raise FileNotFoundError(2, text, name) from None
