@@ -11,12 +11,13 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from fiberexec import FiberExecutor, mp
+from fiberexec import FiberExecutor, _config, mp
 from fiberexec._hub import launch
 from fiberexec.mp import connection
 from fiberexec.mp._hubconnection import HubConnection
@@ -66,6 +67,30 @@ def test_a_process_has_its_parents_environment_and_arguments_of_this_moment(monk
     helper = process(look, answer)
     assert answer.get(timeout=LIMIT) == ("y", ["program", "argument"])
     assert ended(helper) == [0]
+
+
+def test_what_a_process_starts_has_the_settings_of_its_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def look(answer: Any) -> None:
+        settings = _config.load()
+        answer.put(
+            (settings.backend, settings.memory, settings.backend_options, settings.idle_timeout, settings.prefix_output)
+        )
+
+    def start(answer: Any) -> None:
+        os.chdir("/")  # where no file of settings is
+        process(look, answer).join()
+
+    monkeypatch.chdir(tmp_path)
+    text = 'memory = 64\nbackend_options = {address = "127.0.0.1"}\nprefix_output = true\nidle_timeout = 5.5\n'
+    Path("fiberexec.toml").write_text(text)
+    answer = mp.Queue()
+    assert ended(process(start, answer)) == [0]
+    assert answer.get(timeout=LIMIT) == ("agents", 64 << 20, {"address": "127.0.0.1"}, 5.5, True)
+    monkeypatch.delenv("FIBEREXEC_BACKEND")
+    child = mp.get_context("agents").Process(target=start, args=(answer,))
+    child.start()
+    assert ended(child) == [0]
+    assert answer.get(timeout=LIMIT)[0] == "agents"
 
 
 # -- queues
