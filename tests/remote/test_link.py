@@ -181,7 +181,7 @@ def test_an_agent_that_talks_nonsense_loses_its_job_and_nobody_elses(
 def test_one_job_cannot_speak_for_another(connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any) -> None:
     """Whatever it says, it is about its own workers, though the other's have the same numbers."""
     jobs.silent = True
-    future = make(1).submit(int)
+    future = make(1, driver_timeout=1).submit(int)
     client, session = fake(connect, until(lambda: jobs.started[1:])[0])
     client.send(hello(session))
     session.push(CONTROL, 0, messages.encode(("ended", 1, (0, "", "", False), 0)))
