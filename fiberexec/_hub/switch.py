@@ -139,15 +139,15 @@ class Switch:
         self.hub = hub
         self.links: dict[str, AgentLink] = {}  # by the job's id
         self.speaking: dict[AgentLink, None] = {}  # those that may have something to send
-        self._listeners: dict[str, Listener] = {}  # by address
+        self._listeners: dict[tuple[str, str], Listener] = {}  # by address and authority: a forked process has its own
 
     def listen(self, host: str, ca: str, certificate: str, key: str) -> int:
         """Listen for agents on an address of this host; returns the port. Raises OSError."""
-        listener = self._listeners.get(host)
+        listener = self._listeners.get((host, ca))
         if listener is None:
             from fiberexec._link import Listener
 
-            listener = self._listeners[host] = Listener(host, ca, certificate, key)
+            listener = self._listeners[host, ca] = Listener(host, ca, certificate, key)
             self.hub.follow(listener.fileno(), IN, lambda events: self._hear(listener))
         return listener.port
 
