@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,12 +18,14 @@ _BACKENDS = ("local", "docker", "kubernetes")
 
 def commands(group: click.Group) -> None:
     """Add the commands of this module to the command ``fiberexec``."""
-    for command in (run, attach, cp):
+    for command in (run, attach, cp, rbac):
         group.add_command(command)
 
 
 _where = click.option(
-    "--backend", type=click.Choice(_BACKENDS), help="Where the program and its workers run (default: as `fiberexec config` says)."
+    "--backend",
+    type=click.Choice(_BACKENDS),
+    help="Where the program and its workers run (default: as `fiberexec config` says).",
 )
 _namespace = click.option("--namespace", help="The namespace, with kubernetes (default: the current context's).")
 
@@ -37,7 +39,9 @@ _namespace = click.option("--namespace", help="The namespace, with kubernetes (d
 @click.option("--memory", metavar="SIZE", help="Of the program itself, such as 4Gi.")
 @click.option("--gpu", type=int, metavar="N", help="Of the program itself.")
 @click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable for program and workers; may be repeated.")
-@click.option("--volume", multiple=True, metavar="SOURCE:FOLDER[:ro]", help="A volume of program and workers; may be repeated.")
+@click.option(
+    "--volume", multiple=True, metavar="SOURCE:FOLDER[:ro]", help="A volume of program and workers; may be repeated."
+)
 @_namespace
 @click.option("--service-account", metavar="NAME", help="Whose rights the program has, with kubernetes (default: fiberexec).")
 @click.option("--name", help="What the program is called (default: after what it runs).")
@@ -118,6 +122,22 @@ def cp(backend: str | None, namespace: str | None, source: str, target: str) -> 
         place.close()
 
 
+@click.command()
+@_namespace
+@click.option("--service-account", metavar="NAME", default="fiberexec", help="Whose rights these are.")
+def rbac(namespace: str | None, service_account: str) -> None:
+    """Print the rights that a program needs in a cluster, ready for `kubectl apply -f -`: the smallest Role."""
+    from fiberexec._cli import run_job
+    from fiberexec.backends._kubernetes_api import Api, Setup
+
+    if namespace is None:
+        try:
+            namespace = Api(None).namespace()
+        except (Setup, ImportError):
+            namespace = "default"
+    click.echo(run_job.rights(namespace, service_account), nl=False)
+
+
 def _show(place: run_base.Place, name: str) -> None:
     """Ends the command with the program's exit code, unless the program is left to itself."""
     from fiberexec._cli.run_attach import attached
@@ -156,12 +176,16 @@ def _wanted(backend: str | None, command: tuple[str, ...], name: str | None, opt
     settings = _config.load(backend=backend, image=options["image"])
     if settings.backend not in _BACKENDS:
         raise ConfigError(f"`fiberexec run` knows the backends {', '.join(_BACKENDS)}, not {settings.backend!r}: --backend")
-    volumes = _volumes(options["volume"])
+    volumes = (_claims if settings.backend == "kubernetes" else _volumes)(options["volume"])
     if volumes:
         given = dict(settings.backend_options)
         given["volumes"] = {**given.get("volumes", {}), **volumes}
         settings = settings._replace(backend_options=given, sources={**settings.sources, "backend_options": "--volume"})
-    sizes = {key: _config.check(key, _number(options[key]), f"--{key}") for key in ("cpu", "memory", "gpu") if options[key] is not None}
+    sizes = {
+        key: _config.check(key, _number(options[key]), f"--{key}")
+        for key in ("cpu", "memory", "gpu")
+        if options[key] is not None
+    }
     nothing = {"cpu": None, "memory": None, "gpu": None}
     ship = options["ship"]
     folders: Sequence[str] = [folder for folder in ship if folder]
@@ -201,16 +225,31 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _volumes(given: Sequence[str]) -> dict[str, Any]:
-    found = {}
+def _each_volume(given: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     for text in given:
         source, _, rest = text.partition(":")
         folder, _, mode = rest.partition(":")
         if not source or not folder.startswith("/") or mode not in ("", "ro", "rw"):
             raise ConfigError(f"--volume must be SOURCE:FOLDER or SOURCE:FOLDER:ro, with an absolute FOLDER, got {text!r}")
+        yield source, folder, mode or "rw"
+
+
+def _claims(given: Sequence[str]) -> dict[str, Any]:
+    """A source is a claim, or a folder of the nodes where it begins with "/"."""
+    kind = {True: "hostPath", False: "persistentVolumeClaim"}
+    return {
+        folder: {kind[source.startswith("/")]: source, "read_only": mode == "ro"}
+        for source, folder, mode in _each_volume(given)
+    }
+
+
+def _volumes(given: Sequence[str]) -> dict[str, Any]:
+    """A source is a folder of this host, or a volume of the engine's."""
+    found = {}
+    for source, folder, mode in _each_volume(given):
         if source.startswith((".", "~", "/")):
             source = os.path.abspath(os.path.expanduser(source))
-        found[source] = {"bind": folder, "mode": mode or "rw"}
+        found[source] = {"bind": folder, "mode": mode}
     return found
 
 
@@ -249,5 +288,3 @@ def _holder(name: str, backend: str | None, namespace: str | None) -> run_base.P
                 place.close()
     asked = f" ({'; '.join(problems)})" if problems else ""
     raise FiberError(f"there is no program {name!r} that `fiberexec run` has started, or its end has been seen{asked}")
-
-

@@ -1,8 +1,8 @@
 """A terminal and a program that runs elsewhere: its output, its exit code, and what Ctrl-C means.
 
-    a thread ── output, end ──► queue ◄── signals
-                                  │
-                             this thread: prints, asks, returns the exit code
+a thread ── output, end ──► queue ◄── signals
+                              │
+                         this thread: prints, asks, returns the exit code
 """
 
 from __future__ import annotations
@@ -108,7 +108,12 @@ class _Session:
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             while True:
-                print(f"\nfiberexec: (d)etach and leave {self._name} running, or (s)top it? [d/s] ", end="", file=sys.stderr, flush=True)
+                print(
+                    f"\nfiberexec: (d)etach and leave {self._name} running, or (s)top it? [d/s] ",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 answer = sys.stdin.readline()
                 if not answer:
                     return "d"  # nobody is there any more

@@ -70,7 +70,9 @@ class Place(Protocol):
 
 def default_name(command: Sequence[str]) -> str:
     """A name that tells what runs, and is nobody else's."""
-    words = [word for word in command if not word.startswith("-") and not re.match(r"(.*/)?(python[\d.]*|env|sh|bash)\Z", word)]
+    words = [
+        word for word in command if not word.startswith("-") and not re.match(r"(.*/)?(python[\d.]*|env|sh|bash)\Z", word)
+    ]
     stem = os.path.basename(words[0]).removesuffix(".py") if words else "program"
     plain = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:30].strip("-") or "program"
     return f"{plain}-{os.urandom(4).hex()}"

@@ -102,7 +102,7 @@ def archive(entries: Iterable[tuple[str, bytes] | tuple[str, str]], folders: Ite
 def packed(code: Code | None, spec: bytes) -> IO[bytes]:
     """The archive that is unpacked at a job's root: the code, and what is to be run."""
     files = () if code is None else code.files
-    entries = [(f"{HOME}/{CODE}/{name}", path) for path, name in files]
+    entries: list[tuple[str, bytes] | tuple[str, str]] = [(f"{HOME}/{CODE}/{name}", path) for path, name in files]
     folders = [HOME] if code is None else [f"{HOME}/{CODE}/{code.folder}".rstrip("/")]
     return archive([*entries, (f"{HOME}/run.json", spec)], folders)
 
@@ -143,7 +143,7 @@ def unpack(stream: IO[bytes], target: str, name: str | None = None) -> None:
     """
     with tarfile.open(mode="r|", fileobj=stream) as tar:
         for entry in tar:
-            first, _, rest = entry.name.partition("/")
+            _, _, rest = entry.name.partition("/")
             if name is not None:
                 entry.name = f"{name}/{rest}" if rest else name
             if sys.version_info >= (3, 12) or hasattr(tarfile, "data_filter"):

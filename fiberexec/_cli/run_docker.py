@@ -46,7 +46,7 @@ class DockerPlace:
         try:
             import_module("docker")
         except ImportError as error:
-            raise ConfigError(f"--backend docker needs Docker's SDK: pip install \"fiberexec[docker]\" ({error})") from None
+            raise ConfigError(f'--backend docker needs Docker\'s SDK: pip install "fiberexec[docker]" ({error})') from None
         self._engine = Engine(4)
         self._last: dict[int, bytes] = {}
         self._python = ""  # of the image, as far as it says

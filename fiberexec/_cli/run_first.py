@@ -40,7 +40,7 @@ def main(folder: str) -> int:
 
 
 def _told(path: str) -> dict[str, Any]:
-    """What is to be run: it may be sent only when this process is there. Its file is removed, since variables may be secret."""
+    """What is to be run: it may be sent when this process is there. Its file is removed, since variables may be secret."""
     end = time.monotonic() + _UNTOLD
     while True:
         try:

@@ -1,6 +1,6 @@
 """Programs as processes of this host, each with a folder that has what it wrote and how it ended.
 
-    <state>/fiberexec/run/<name>/   lock: held as long as it runs   pid   out   err   exit
+<state>/fiberexec/run/<name>/   lock: held as long as it runs   pid   out   err   exit
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""Commands in a pod that runs, with what goes in and comes out of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import IO, Any
+
+from fiberexec._errors import FiberError
+
+_PIECE = 1 << 16
+_LONGEST = 600.0  # seconds that one command may take
+
+
+class Exec:
+    """Runs commands in pods of a namespace. Needs the right to create pods/exec."""
+
+    def __init__(self, context: str | None, in_cluster: bool, namespace: str) -> None:
+        self._context = context
+        self._in_cluster = in_cluster
+        self._namespace = namespace
+
+    def run(self, pod: str, container: str, command: list[str], stdin: IO[bytes] | None = None) -> bytes:
+        """What a command writes to stdout. Raises FiberError if it fails, with what it writes to stderr."""
+        import time
+
+        client: Any = import_module("kubernetes.client")
+        try:
+            with self._client(client) as api:
+                core = client.CoreV1Api(api)
+                channel = import_module("kubernetes.stream").stream(
+                    core.connect_get_namespaced_pod_exec,
+                    pod,
+                    self._namespace,
+                    container=container,
+                    command=command,
+                    stdin=stdin is not None,
+                    stdout=True,
+                    stderr=True,
+                    tty=False,
+                    _preload_content=False,
+                )
+                out: list[str] = []
+                errors: list[str] = []
+                try:
+                    while stdin is not None and (piece := stdin.read(_PIECE)):
+                        channel.write_stdin(piece)
+                    end = time.monotonic() + _LONGEST
+                    while channel.is_open() and time.monotonic() < end:
+                        channel.update(timeout=1)
+                        out.append(channel.read_stdout(timeout=0))
+                        errors.append(channel.read_stderr(timeout=0))
+                    out.append(channel.read_stdout(timeout=0))
+                    errors.append(channel.read_stderr(timeout=0))
+                    code = channel.returncode
+                finally:
+                    channel.close()
+        except Exception as error:
+            raise FiberError(f"Kubernetes: a command cannot be run in pod {pod}: {_said(error, self._namespace)}") from error
+        if code:
+            raise FiberError(f"Kubernetes: in pod {pod}: {''.join(errors).strip() or f'exit code {code}'}")
+        return "".join(out).encode()
+
+    def _client(self, client: Any) -> Any:
+        config: Any = import_module("kubernetes.config")
+        if self._in_cluster:
+            configuration = client.Configuration()
+            config.load_incluster_config(client_configuration=configuration)
+            return client.ApiClient(configuration)
+        return config.new_client_from_config(context=self._context)
+
+
+def _said(error: Exception, namespace: str) -> str:
+    text = " ".join(str(error).split())
+    if "403" in text or "Forbidden" in text:
+        return (
+            f"{text}. What to do: let whoever may give you the right do so: kubectl -n {namespace} create role fiberexec-exec "
+            "--verb=create,get --resource=pods/exec, and a rolebinding"
+        )
+    return text

@@ -1,0 +1,244 @@
+"""Programs as Jobs of a Kubernetes cluster, whose workers are pods beside theirs.
+
+    run ─► build and push the image, create a Job ─► its pod: run_first, which waits
+        ─► send the code and what is to be run  ──► the program, which makes pods by its service account's rights
+        ◄─ its log, its exit code; then the Job is removed
+
+Nothing of the program's code or variables is in the Job: they go into its pod when that is there.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import posixpath
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from fiberexec._cli import run_code, run_files, run_job
+from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, variables
+from fiberexec._cli.run_exec import Exec
+from fiberexec._errors import ConfigError, FiberError
+from fiberexec.backends import _kubernetes_errors as errors
+from fiberexec.backends import _kubernetes_options as options
+from fiberexec.backends import _kubernetes_pods as pods
+from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines
+from fiberexec.backends._kubernetes_reader import Reader
+
+_PAUSE = 0.5  # seconds between looks at a pod
+_AWAY = 120.0  # seconds that the API server may be away
+_STAMP = 30  # characters of a time before each line
+
+
+class KubernetesPlace:
+    """See run_base.Place. Raises ConfigError without Kubernetes' SDK."""
+
+    def __init__(self, namespace: str | None) -> None:
+        from fiberexec import _config
+
+        settings = _config.load(backend="kubernetes")
+        given = settings.backend_options if settings.sources["backend_options"] != _config.DEFAULT else {}
+        context, configured = given.get("context"), given.get("namespace")
+        options.check(_config.Settings(backend="kubernetes"))
+        self._context = context
+        self._api = Api(context)
+        self._reader = Reader(self._api, namespace or configured)
+
+    def _failed(self, error: Exception, doing: str) -> FiberError:
+        try:
+            namespace = self._reader.namespace()
+        except Setup:
+            namespace = ""
+        return errors.explained(error, doing, namespace)
+
+    def _jobs(self, name: str = "") -> str:
+        return f"/apis/batch/v1/namespaces/{self._reader.namespace()}/jobs{'/' if name else ''}{name}"
+
+    def start(self, wanted: Wanted, said: Callable[[str], None]) -> None:
+        checked = options.check(wanted.size)
+        image = run_job.pushed(wanted, said)
+        try:
+            account = wanted.service_account or run_job.ACCOUNT
+            run_job.ensure_account(self._api, self._reader.namespace(), account, said)
+            self._api.call("POST", self._jobs(), body=run_job.job(wanted, checked, image, account))
+        except ApiError as error:
+            if error.status == 409:
+                raise ConfigError(f"there is a Job {wanted.name!r} already: give another --name") from None
+            raise self._failed(error, f"creating Job {wanted.name}") from error
+        except Setup as error:
+            raise self._failed(error, f"creating Job {wanted.name}") from error
+        try:
+            pod = self._running(wanted, image, said)
+            spec = {"command": wanted.command, "env": self._variables(wanted, image), "folder": run_job.folder_of(wanted)}
+            with run_code.packed(wanted.code, json.dumps(spec).encode()) as archive:
+                self._receive(pod, archive, "/")
+        except BaseException:
+            self.remove(wanted.name)
+            raise
+
+    def _variables(self, wanted: Wanted, image: str) -> dict[str, str]:
+        given = {name: value for name, value in wanted.settings.backend_options.items() if name != "context"}
+        given["namespace"] = self._reader.namespace()
+        sources = {**wanted.settings.sources, "backend_options": "--namespace"}
+        settings = wanted.settings._replace(backend_options=given, sources=sources)
+        return variables(wanted._replace(settings=settings), image)
+
+    def _running(self, wanted: Wanted, image: str, said: Callable[[str], None]) -> str:
+        """The name of the program's pod, when it runs. Raises FiberError with the cluster's words if it will not."""
+        end = time.monotonic() + wanted.settings.startup_timeout
+        told = ""
+        while True:
+            pod = self._pod(wanted.name)
+            if pod is not None:
+                if pods.is_running(pod):
+                    return pods.name(pod)
+                if pods.has_ended(pod):
+                    exit = pods.exit_of(pod)
+                    log = self._reader.tail(pods.name(pod))
+                    reason = errors.ended_early(exit._replace(log=log + exit.log), pods.name(pod), image)
+                    raise FiberError(
+                        f"Kubernetes: {reason or f'pod {pods.name(pod)} ended at once'}\n{log}{exit.log}".rstrip()
+                    )
+                trouble = pods.trouble_of(pod)
+                if trouble is not None:
+                    text = errors.stuck(trouble, pods.name(pod), image, self._reader.namespace())
+                    if trouble.final:
+                        raise FiberError(f"Kubernetes: {text}")
+                    if text != told:
+                        said(told := text)
+            else:
+                for reason, message in self._reader.events(wanted.name):
+                    if reason == "FailedCreate":
+                        raise FiberError(run_job.refused(wanted.name, message, self._reader.namespace()))
+            if time.monotonic() > end:
+                raise FiberError(
+                    f"Kubernetes: {wanted.name} has not started within {wanted.settings.startup_timeout:g} seconds"
+                    f"{f': {told}' if told else ''}"
+                )
+            time.sleep(_PAUSE)
+
+    def _pod(self, name: str) -> dict[str, Any] | None:
+        """The program's pod, None if there is none."""
+        try:
+            found = self._reader.pods(f"fiberexec.job={name},{ROLE}={DRIVER}")
+        except (ApiError, Setup) as error:
+            raise self._failed(error, f"looking for the pod of {name}") from error
+        return found[0] if found else None
+
+    # -- a program that is there
+
+    def follow(self, name: str, put: Put) -> Fate:
+        since = ""
+        away = 0.0
+        while True:
+            try:
+                pod = self._pod(name)
+                if pod is None:
+                    return Fate(137, f"the pod of {name} was deleted before it had ended")
+                over = pods.has_ended(pod)
+                if over or pods.is_running(pod):
+                    for stamp, line in self._log(pods.name(pod), since):
+                        put(1, line)
+                        since = stamp
+                away = 0.0
+            except (ApiError, FiberError) as error:
+                refusal = error if isinstance(error, ApiError) else error.__cause__
+                if not isinstance(refusal, ApiError) or not refusal.passing:
+                    raise self._failed(error, f"reading the log of {name}") from error
+                away = away or time.monotonic()
+                if time.monotonic() > away + _AWAY:
+                    raise self._failed(error, f"reading the log of {name}") from error
+                over = False
+            if over and pod is not None:
+                return run_job.fate(name, pod)
+            time.sleep(_PAUSE)
+
+    def _log(self, pod: str, since: str) -> Iterator[tuple[str, bytes]]:
+        """(time, line) of what has been written after a time."""
+        query = {"container": pods.WORKER, "follow": "true", "timestamps": "true"}
+        if since:
+            query["sinceTime"] = f"{since[:19]}Z"
+        stream = self._api.stream(self._reader.path("pods", f"{pod}/log"), query, read=3600.0, patience=5.0)
+        try:
+            for line in lines(stream):
+                stamp = line[:_STAMP].decode("ascii", "replace")
+                if stamp > since:
+                    yield stamp, line[_STAMP + 1 :] + b"\n"
+        except ApiError:
+            return  # follow() looks whether it has ended
+
+    def signal(self, name: str, number: int) -> None:
+        if number == signal.SIGKILL:
+            self._delete(name, 1)
+            return
+        pod = self._pod(name)
+        if pod is not None and pods.is_running(pod):
+            self._exec(pods.name(pod), "signal", str(number))
+
+    def remove(self, name: str) -> None:
+        self._delete(name, 1)
+
+    def _delete(self, name: str, grace: int) -> None:
+        """Delete the Job and, at once, its pod, whose pods and Secrets the cluster then collects."""
+        try:
+            pod = self._pod(name)
+            for path in (self._jobs(name), *([self._reader.path("pods", pods.name(pod))] if pod else [])):
+                body = {"propagationPolicy": "Background", "gracePeriodSeconds": grace}
+                try:
+                    self._api.call("DELETE", path, body=body)
+                except ApiError as error:
+                    if error.status != 404:
+                        raise
+        except (ApiError, Setup) as error:
+            raise self._failed(error, f"removing {name}") from error
+
+    def has(self, name: str) -> bool:
+        return self._pod(name) is not None
+
+    # -- files
+
+    def fetch(self, name: str, path: str) -> IO[bytes]:
+        import tempfile
+
+        pod, where = self._where(name, path)
+        answer = self._exec(pod, "give", where)
+        whole, mark, _ = answer.rpartition(run_files.END)
+        if not mark:
+            raise FiberError(f"the connection to {name} broke while {where} was copied")
+        file = tempfile.TemporaryFile()
+        for line in whole.split():
+            file.write(base64.b64decode(line))
+        file.seek(0)
+        return file
+
+    def send(self, name: str, path: str, source: str) -> None:
+        pod, where = self._where(name, path)
+        base = os.path.basename(os.path.abspath(source))
+        if path.endswith("/") or self._exec(pod, "kind", where) == b"folder":
+            folder = where
+        else:
+            folder, base = posixpath.split(where)
+        with run_code.archive(run_code.tree(source, base)) as archive:
+            self._receive(pod, archive, folder)
+
+    def _where(self, name: str, path: str) -> tuple[str, str]:
+        pod = self._pod(name)
+        if pod is None or not pods.is_running(pod):
+            raise FiberError(f"{name} does not run")
+        start = pod["metadata"].get("annotations", {}).get("fiberexec.folder") or "."
+        return pods.name(pod), posixpath.normpath(posixpath.join(start, path or "."))
+
+    def _receive(self, pod: str, archive: IO[bytes], folder: str) -> None:
+        size = archive.seek(0, os.SEEK_END)
+        archive.seek(0)
+        self._exec(pod, "receive", folder, str(size), stdin=archive)
+
+    def _exec(self, pod: str, *arguments: str, stdin: IO[bytes] | None = None) -> bytes:
+        command = ["python", "-m", run_files.__name__, *arguments]
+        return Exec(self._context, self._api.in_cluster, self._reader.namespace()).run(pod, pods.WORKER, command, stdin)
+
+    def close(self) -> None:
+        self._api.close()
