@@ -17,6 +17,7 @@ from urllib.parse import urlencode, urlsplit
 _ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _CONNECT = 5.0  # seconds that a connection may take
 _READ = 30.0  # and an answer
+PATIENCE = 30.0  # seconds for which a call is made again, where its caller does not say
 _LONGEST = 10.0  # between attempts, where the server does not say how long
 _PASSING = (429, 500, 502, 503, 504)
 _RENEWED = 5.0  # seconds: credentials are not read more often
@@ -160,14 +161,14 @@ class Api:
         query: Mapping[str, Any] | None = None,
         body: Any = None,
         *,
-        patience: float = 30.0,
+        patience: float | None = None,
         read: float = _READ,
     ) -> Any:
-        """One call; its answer. For ``patience`` seconds it is made again while the server is busy or away.
+        """One call; its answer. For ``patience`` seconds (30) it is made again while the server is busy or away.
 
         Raises ApiError and Setup.
         """
-        response = self._patient(lambda: self._request(method, path, query, body, read, stream=False), patience)
+        response = self._patient(lambda: self._request(method, path, query, body, read, stream=False), PATIENCE if patience is None else patience)
         if response.headers.get("Content-Type", "").startswith("application/json"):
             return json.loads(response.data)
         return response.data.decode("utf-8", "replace")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines, shut, wait_for_server
 
 PAGE = 500  # pods in one answer
+PATIENCE = 30.0  # seconds that the first list may take
 _LENGTH = 240  # seconds that one watch lasts
 _SILENCE = 90.0  # seconds without anything, bookmarks included, after which a watch is taken for dead
 _FINAL = (401, 403, 404)

@@ -146,7 +146,7 @@ class KubernetesBackend:
                     raise LaunchError("the backend is closed", final=True)
                 self._watch = watches.acquire(self._options.context, self._namespace, program, self._queue)
             watch = self._watch
-        watch.wait(30.0)
+        watch.wait(watches.PATIENCE)
         self._answered = True
 
     def terminate(self, jobs: Sequence[str]) -> None:

@@ -1,0 +1,324 @@
+"""An API server that is busy, slow, away, forgetful or wrong: no end is invented, none is lost, none is told twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fiberexec import LaunchError
+from fiberexec.backends import _kubernetes_api as api
+from fiberexec.backends import _kubernetes_watch as watches
+
+from .conftest import Place, eventually
+from .fake import DROP, NAMESPACE, Answer, Fake, failure
+
+PODS = f"/namespaces/{NAMESPACE}/pods$"
+SOON = 10.0  # seconds
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    pytest.importorskip("kubernetes")
+    made = Fake()
+    (tmp_path / "config").write_text(made.config())
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    yield made
+    made.down()
+
+
+@pytest.fixture
+def one(fake: Fake) -> Iterator[Place]:
+    place = Place(image="x")
+    yield place
+    if fake._server is not None:
+        fake.node = True
+        fake.before = fake.after = lambda *_: None
+        place.close()
+
+
+def first(count: int, answer: Answer, method: str, path: str = PODS) -> Callable[..., Answer | None]:
+    """Gives this answer to so many of the requests of a kind."""
+    lock = threading.Lock()
+    left = [count]
+
+    def hook(asked: str, where: str, query: dict[str, str]) -> Answer | None:
+        import re
+
+        with lock:
+            if asked == method and re.search(path, where) and not query.get("watch") and left[0]:
+                left[0] -= 1
+                return answer
+        return None
+
+    return hook
+
+
+def watching(fake: Fake, count: int) -> None:
+    eventually(lambda: fake.count("GET", PODS, watch="1") >= count, SOON)
+
+
+def nothing_has_ended(one: Place) -> bool:
+    return one.ended == []
+
+
+# -- the watch
+
+
+def test_a_watch_that_ends_goes_on_where_it_was(fake: Fake, one: Place) -> None:
+    jobs = [one.start(number, "") for number in range(3)]
+    for number, job in enumerate(jobs):
+        fake.end_watches()
+        fake.end(job, number)
+        assert one.end(job, SOON).code == number
+    assert fake.count("GET", PODS, watch="") == 1  # nothing was listed again
+
+
+@pytest.mark.parametrize("how", ["in the stream", "at once"])
+def test_after_410_all_is_listed_again_and_what_has_gone_has_ended(how: str, fake: Fake, one: Place) -> None:
+    kept, ended, gone = (one.start(number, "") for number in range(3))
+    fake.stalled = True
+    fake.end(ended, 3)
+    fake.vanish(gone)
+    fake.compact()
+    if how == "at once":
+        said = failure(410, "Expired")
+        told = iter([said])
+        fake.before = lambda method, path, query: next(told, None) if query.get("watch") else None
+    fake.stalled = False
+    fake.end_watches()
+    assert one.end(ended, SOON).code == 3
+    exit = one.end(gone, SOON)
+    assert exit.infrastructure and exit.reason == "Deleted"
+    assert fake.count("GET", PODS, watch="") <= 3
+    fake.end(kept)
+    assert one.end(kept, SOON).code == 0
+
+
+def test_a_watch_that_stalls_is_made_again(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watches, "_SILENCE", 0.5)
+    one = Place(image="x")
+    job = one.start(1, "")
+    watching(fake, 1)
+    fake.stalled = True
+    fake.end(job, 2)
+    assert nothing_has_ended(one)
+    watching(fake, 2)
+    fake.stalled = False
+    assert one.end(job, SOON).code == 2
+    one.close()
+
+
+@pytest.mark.parametrize("last", [b'{"type": "MODI', b"no json\n", b'{"type": "ERROR", "object": {"code": 500}}\n', b"[]\n"])
+def test_a_watch_that_is_cut_or_says_nonsense_is_made_again(last: bytes, fake: Fake, one: Place) -> None:
+    job = one.start(1, "")
+    fake.end_watches(last)
+    watching(fake, 2)
+    fake.end(job, 2)
+    assert one.end(job, SOON).code == 2
+
+
+def test_watches_that_end_at_once_are_not_made_without_a_pause(fake: Fake, one: Place) -> None:
+    job = one.start(1, "")
+    empty: Answer = (200, {}, {})
+    began = time.monotonic()
+    fake.before = lambda method, path, query: empty if query.get("watch") else None
+    fake.end_watches()
+    watching(fake, 5)
+    assert time.monotonic() - began > 0.05
+    fake.before = lambda *_: None
+    assert fake.count("GET", PODS, watch="1") < 20
+    fake.end(job)
+    one.end(job, 30)
+
+
+def test_one_watch_serves_all_backends_of_a_program(fake: Fake, one: Place) -> None:
+    other = Place(image="y")
+    other.program = one.program
+    mine, theirs = one.start(1, ""), other.start(2, "")
+    assert (fake.count("GET", PODS, watch=""), fake.count("GET", PODS, watch="1")) == (1, 1)
+    fake.end(mine, 1)
+    assert one.end(mine, SOON).code == 1
+    other.backend.terminate([theirs])
+    other.end(theirs, SOON)
+    other.backend.close()
+    other._thread.join(SOON)
+    last = one.start(3, "")
+    fake.end(last, 3)
+    assert one.end(last, SOON).code == 3 and [ended.job for ended in other.ended] == [theirs]
+
+
+def test_a_thousand_pods_join_in_one_list_and_one_watch(fake: Fake, one: Place) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        jobs = list(pool.map(lambda number: one.start(number, ""), range(1000)))
+    assert (fake.count("GET", PODS, watch=""), fake.count("GET", PODS, watch="1")) == (1, 1)
+    fake.compact()
+    fake.end_watches()
+    for job in jobs:
+        fake.end(job)
+    for job in jobs:
+        one.end(job, 30)
+    assert fake.count("GET", PODS, watch="") <= 4  # at most one list more, in pages
+    assert one.backend._jobs == {}
+
+
+def test_an_idle_program_asks_nothing(fake: Fake, one: Place) -> None:
+    job = one.start(1, "")
+    watching(fake, 1)
+    before = len(fake.requests)
+    time.sleep(2)
+    assert len(fake.requests) == before
+    assert one.ended == [] and job in fake.pods
+
+
+# -- a server that is away
+
+
+def test_a_server_that_is_away_ends_no_job_and_what_happened_is_told_when_it_is_back(fake: Fake, one: Place) -> None:
+    kept, ended, gone = (one.start(number, "") for number in range(3))
+    fake.down()
+    fake.end(ended, 4)
+    fake.vanish(gone)
+    time.sleep(1)
+    assert nothing_has_ended(one)
+    fake.up()
+    assert one.end(ended, 30).code == 4
+    assert one.end(gone, 30).infrastructure
+    fake.end(kept)
+    assert one.end(kept, SOON).code == 0
+
+
+def test_a_start_while_the_server_is_away_fails_and_may_be_tried_again(
+    fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one.start(1, "")
+    monkeypatch.setattr(api, "PATIENCE", 0.5)
+    fake.down()
+    with pytest.raises(LaunchError, match="does not answer") as caught:
+        one.start(2, "")
+    assert not caught.value.final
+    fake.up()
+    one.start(3, "")
+
+
+def test_a_server_that_has_never_answered_is_a_final_error(
+    fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watches, "PATIENCE", 1.0)
+    fake.down()
+    with pytest.raises(LaunchError, match="API server at http://127.0.0.1.* does not answer") as caught:
+        one.start(1, "")
+    assert caught.value.final
+    one.backend.close()
+    one._thread.join(SOON)
+
+
+def test_jobs_that_were_given_up_while_the_server_was_away_are_deleted_when_it_is_back(
+    fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [one.start(number, "") for number in range(2)]
+    fake.before = lambda method, path, query: failure(503, "ServiceUnavailable") if method == "DELETE" else None
+    one.backend.terminate(jobs[:1])
+    assert jobs[0] in fake.pods
+    fake.down()
+    fake.before = lambda *_: None
+    fake.up()
+    one.end(jobs[0], 30)
+    assert list(fake.pods) == jobs[1:] and list(fake.secrets) == jobs[1:]
+
+
+# -- a server that is busy, or whose answers are lost
+
+
+@pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
+def test_a_create_is_tried_again_while_the_server_is_busy(code: int, fake: Fake, one: Place) -> None:
+    fake.before = first(2, failure(code), "POST")
+    job = one.start(1, "")
+    assert list(fake.pods) == list(fake.secrets) == [job]
+
+
+def test_retry_after_is_honoured(fake: Fake, one: Place) -> None:
+    fake.before = first(1, failure(429, "TooManyRequests", Retry_After="1"), "POST")
+    one.start(1, "")
+    times = [when for when, method, path, _ in fake.requests if method == "POST" and path.endswith("/pods")]
+    assert len(times) == 2 and times[1] - times[0] >= 1.0
+
+
+@pytest.mark.parametrize("path", [PODS, "secrets"])
+def test_a_create_whose_answer_is_lost_makes_one_pod(path: str, fake: Fake, one: Place) -> None:
+    fake.after = first(1, DROP, "POST", path)
+    job = one.start(1, "")
+    assert fake.count("POST", path) == 2
+    assert list(fake.pods) == list(fake.secrets) == [job]
+    fake.end(job)
+    one.end(job, SOON)
+
+
+def test_a_name_that_somebody_elses_pod_has_is_an_error(fake: Fake, one: Place) -> None:
+    name = f"{one.program}-1"
+    fake.pods[name] = {"metadata": {"name": name, "labels": {}}, "status": {}, "spec": {}}
+    with pytest.raises(LaunchError, match="already exists"):
+        one.start(1, "")
+    fake.pods.pop(name, None)
+
+
+def test_a_pod_without_its_secret_does_not_stay(fake: Fake, one: Place) -> None:
+    fake.before = first(1, failure(403, "Forbidden", "exceeded quota: secrets"), "POST", "secrets")
+    with pytest.raises(LaunchError, match="exceeded quota"):
+        one.start(1, "")
+    eventually(lambda: not fake.pods, SOON)
+    assert one.ended == []  # it was never started
+
+
+def test_a_list_in_pages_that_breaks_is_begun_again(fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watches, "PAGE", 2)
+    jobs = [one.start(number, "") for number in range(5)]
+    told = iter([failure(410, "Expired", "the continue parameter is too old")])
+    fake.before = lambda method, path, query: next(told, None) if query.get("continue") else None
+    fake.stalled = True
+    for job in jobs[:2]:
+        fake.vanish(job)
+    fake.compact()
+    fake.stalled = False
+    fake.end_watches()
+    for job in jobs[:2]:
+        assert one.end(job, SOON).infrastructure
+    assert len(one.ended) == 2
+
+
+# -- nodes
+
+
+def test_the_pods_of_a_lost_node_have_not_ended_before_they_are_gone(fake: Fake, one: Place) -> None:
+    job = one.start(1, "")
+    fake.node = False
+    message = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "deleting due to NoExecute"}
+    fake.say(job, conditions=[message])
+    fake.answer("DELETE", f"/api/v1/namespaces/{NAMESPACE}/pods/{job}", {}, {})
+    time.sleep(1)
+    assert nothing_has_ended(one)
+    fake.vanish(job)
+    exit = one.end(job, 30)
+    assert (exit.reason, exit.infrastructure) == ("DeletionByTaintManager", True)
+
+
+def test_a_pod_that_ended_by_itself_before_it_was_deleted_is_to_blame(fake: Fake, one: Place) -> None:
+    job = one.start(1, "")
+    state: dict[str, Any] = {"terminated": {"exitCode": 9, "reason": "Error", "finishedAt": "2020-01-01T00:00:00Z"}}
+    with fake.changed:
+        fake.pods[job]["metadata"]["deletionTimestamp"] = "2020-01-01T00:10:00Z"
+        fake.say(job, phase="Failed", containerStatuses=[{"name": "worker", "state": state}])
+    exit = one.end(job, SOON)
+    assert (exit.code, exit.infrastructure) == (9, False)
+
+
+def test_a_container_beside_the_worker_does_not_keep_a_job_alive(fake: Fake, one: Place) -> None:
+    job = one.start(1, "")
+    states = [{"name": "proxy", "state": {"running": {}}}, {"name": "worker", "state": {"terminated": {"exitCode": 0}}}]
+    fake.say(job, containerStatuses=states)
+    assert one.end(job, SOON).code == 0
