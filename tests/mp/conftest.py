@@ -29,7 +29,8 @@ def no_jobs_left(nothing_left_behind: None) -> Iterator[None]:
 # Modules whose tests run on every backend that is reachable, but for those that the marker ``one_host(reason)`` keeps back.
 EVERYWHERE = {
     "test_asyncmanager", "test_condition", "test_hub_faults", "test_hub_memory", "test_manager_ends", "test_managers",
-    "test_queues", "test_ring", "test_sharedctypes", "test_synchronize",
+    "test_pool", "test_pool_faults", "test_pool_life", "test_process", "test_process_family", "test_queues", "test_ring",
+    "test_sharedctypes", "test_synchronize",
 }  # fmt: skip
 BACKENDS = ["local", "agents"]
 

@@ -288,6 +288,7 @@ def test_meta_of_the_first_function_sizes_the_jobs_of_a_pool(elsewhere: list[Any
         assert len(elsewhere) == count + 1 and elsewhere[-1].memory is None
 
 
+@pytest.mark.one_host("it is about which backend is chosen")
 def test_a_context_named_after_a_backend_chooses_it(elsewhere: list[Any]) -> None:
     from fiberexec.mp.context import FiberContext
 
