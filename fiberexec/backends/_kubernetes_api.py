@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import ssl
@@ -21,7 +20,6 @@ PATIENCE = 30.0  # seconds for which a call is made again, where its caller does
 _LONGEST = 10.0  # between attempts, where the server does not say how long
 _PASSING = (429, 500, 502, 503, 504)
 _RENEWED = 5.0  # seconds: credentials are not read more often
-_logger = logging.getLogger("fiberexec")
 
 
 class ApiError(Exception):
@@ -168,7 +166,8 @@ class Api:
 
         Raises ApiError and Setup.
         """
-        response = self._patient(lambda: self._request(method, path, query, body, read, stream=False), PATIENCE if patience is None else patience)
+        seconds = PATIENCE if patience is None else patience
+        response = self._patient(lambda: self._request(method, path, query, body, read, stream=False), seconds)
         if response.headers.get("Content-Type", "").startswith("application/json"):
             return json.loads(response.data)
         return response.data.decode("utf-8", "replace")
@@ -240,17 +239,8 @@ class Api:
     # -- addresses
 
     def own_address(self) -> str:
-        """The address that this host has towards the nodes, or the server; "" for none."""
-        target = urlsplit(self.server().url).hostname or ""
-        if not self.in_cluster:  # a cluster on this very host has a server at 127.0.0.1, and nodes elsewhere
-            try:
-                for node in self.call("GET", "/api/v1/nodes", {"limit": 1}, patience=5.0)["items"]:
-                    for address in node.get("status", {}).get("addresses", ()):
-                        if address.get("type") == "InternalIP":
-                            return _address_towards(address["address"])
-            except ApiError as error:
-                _logger.debug("the nodes of the cluster are not to be seen: %s", error)
-        return _address_towards(target)
+        """The address that this pod has towards the server, and so towards others; "" for none."""
+        return _address_towards(urlsplit(self.server().url).hostname or "")
 
 
 def in_cluster() -> bool:

@@ -93,8 +93,13 @@ class Verdicts:
     def check(self) -> None:
         """Raise LaunchError while it is known that no job can start."""
         with self._lock:
-            if self.text and time.monotonic() < self._until:
+            if self.hold:
                 raise LaunchError(self.text, final=True)
+
+    @property
+    def hold(self) -> bool:
+        """Whether it is known that no job can start."""
+        return bool(self.text) and time.monotonic() < self._until
 
     def settle(self, text: str) -> None:
         """No job can start."""

@@ -37,6 +37,7 @@ _STARTS = 10  # pods that are created at once
 _WORKERS = 8  # where the user does not say how many
 _GRACE = 1  # seconds: with 0 the object would go at once, and its processes live on
 _LINGER = 5.0  # seconds that processes of a pod may live whose object somebody has removed by force
+_SOON = 0.1  # seconds until what has happened is looked at
 _LOOK = 5.0  # seconds between looks at the events of a pod that does not start
 _SETUP = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")  # events that no pod's own state tells
 _MISSING = 15.0  # seconds after which what a pod mounts, and is not there, is taken not to come
@@ -76,6 +77,7 @@ class KubernetesBackend:
         self._watch: watches.Watch | None = None
         self._answered = False
         self._closed = False
+        self._due: float | None = None  # when watch() has to _look()
         self._looked = 0.0
         self._warned: set[str] = set()
 
@@ -125,13 +127,19 @@ class KubernetesBackend:
         known = Known()
         with self._lock:
             self._jobs[job.id] = known
+        creating = False
         try:
             self._watched(job.program)
             with self._slots:
+                creating = True
                 known.image = self._maker.make(job)
         except BaseException as error:
-            known.unwanted = True
-            self._discard(job.id, known)
+            if creating and not (isinstance(error, ApiError) and error.status == 409):  # a pod of that name is not ours
+                known.unwanted = True
+                self._discard(job.id, known)
+            else:
+                with self._lock:
+                    del self._jobs[job.id]
             if isinstance(error, Exception):
                 raise self._failed(error, f"creating pod {job.id}") from error
             raise
@@ -155,13 +163,13 @@ class KubernetesBackend:
             with self._lock:
                 known = self._jobs.get(job) or Known()  # one that has ended
                 known.unwanted = True
-            self._discard(job, known)
+            self._discard(job, known, 0.0 if self._closed else 5.0)
 
-    def _discard(self, job: str, known: Known) -> None:
-        """Delete a pod; one that cannot be deleted now is deleted when the server is back."""
+    def _discard(self, job: str, known: Known, patience: float = 0.0) -> None:
+        """Delete a pod; one that cannot be deleted now is deleted later, by watch()."""
         try:
             body = {"gracePeriodSeconds": _GRACE, "propagationPolicy": "Background"}
-            self._api.call("DELETE", self._reader.path("pods", job), body=body, patience=0.0 if self._closed else 5.0)
+            self._api.call("DELETE", self._reader.path("pods", job), body=body, patience=patience)
             known.deleted = True
         except (ApiError, Setup) as error:
             if isinstance(error, ApiError) and error.status == 404:
@@ -185,14 +193,17 @@ class KubernetesBackend:
         try:
             while True:
                 try:
-                    item = self._queue.get(timeout=self._pause())
+                    item = self._queue.get(timeout=None if self._due is None else max(0.0, self._due - time.monotonic()))
                 except queue.Empty:
                     item = ""
                 if item is None:
                     return
-                ended = self._take(item)
-                if self._queue.empty():
-                    ended += self._look()
+                ended = self._take(item) if item else []
+                now = time.monotonic()
+                if self._due is not None and now >= self._due:
+                    ended += self._look(now)
+                elif item:  # soon, but not after each of a thousand
+                    self._due = min(self._due or now + _SOON, now + _SOON)
                 if ended:
                     report(ended)
         finally:
@@ -201,12 +212,6 @@ class KubernetesBackend:
             if watch is not None:
                 watches.release(watch, self._queue)
             self._api.close()
-
-    def _pause(self) -> float | None:
-        with self._lock:
-            if any(known.lingers for known in self._jobs.values()):
-                return 0.5
-            return _LOOK if any(known.waits for known in self._jobs.values()) else None
 
     def _take(self, item: Any) -> list[JobEnded]:
         """Note what has been seen; returns the ends that are certain by it."""
@@ -226,18 +231,21 @@ class KubernetesBackend:
                     known.gone = True
             elif isinstance(item, watches.Back):
                 known.deleted = False
-            if known.unwanted and not (known.deleted or known.gone):
-                self._discard(job, known)
             if known.started and known.over(_LINGER):
                 ended.append(self._end(job, known))
         return ended
 
-    def _look(self) -> list[JobEnded]:
-        """See to what takes long: removed pods whose processes may live, and pods that do not start."""
-        now = time.monotonic()
+    def _look(self, now: float) -> list[JobEnded]:
+        """See to what takes long: pods that must go, removed ones whose processes may live, and those that do not start."""
         with self._lock:
+            owed = [(job, known) for job, known in self._jobs.items() if known.unwanted and not (known.deleted or known.gone)]
             lingering = [(job, known) for job, known in self._jobs.items() if known.lingers]
             waiting = [(job, known) for job, known in self._jobs.items() if known.waits and known.started]
+        self._due = now + 0.5 if lingering else now + _LOOK if waiting or owed else None
+        for job, known in owed:
+            self._discard(job, known)
+            if not (known.deleted or known.gone):
+                break  # nor could the others be
         ended = [self._end(job, known) for job, known in lingering if known.over(_LINGER)]
         for job, known in waiting:
             trouble = known.trouble
@@ -268,7 +276,8 @@ class KubernetesBackend:
     def _give_up(self, job: str, known: Known, trouble: pods.Trouble) -> None:
         """Remove a pod that does not start; its end is reported when it is gone."""
         text = errors.stuck(trouble, job, known.image, self._namespace)
-        happened = "".join(f"\n    {line}" for line in self._reader.story(job).splitlines() if trouble.message not in line)
+        story = "" if self._verdicts.hold else self._reader.story(job)  # one of many is enough
+        happened = "".join(f"\n    {line}" for line in story.splitlines() if trouble.message not in line)
         text += f". Its events:{happened}" if happened else ""
         if trouble.final:
             self._verdicts.settle(f"Kubernetes: {text}")

@@ -70,7 +70,7 @@ def test_an_executor_breaks_with_the_clusters_words(place: Make, space: str) -> 
     place()  # sets KUBECONFIG
     image = "registry.invalid/x:1"
     with FiberExecutor(1, backend="kubernetes", image=image, backend_options={"namespace": space}) as executor:
-        with pytest.raises(BrokenExecutor, match="registry.invalid/x:1") as caught:
+        with pytest.raises(BrokenExecutor, match=r"registry\.invalid/x:1") as caught:
             executor.submit(int).result(60)
         assert "image_pull_secrets" in str(caught.value) + str(caught.value.__cause__)
 
@@ -188,7 +188,9 @@ def test_a_missing_right_names_verb_resource_namespace_and_the_role_that_is_enou
     one.backend.remove(one.program)
 
 
-def test_credentials_that_are_renewed_are_read_again(place: Make, account: str, own_space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_that_are_renewed_are_read_again(
+    place: Make, account: str, own_space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     path = Path(os.environ["KUBECONFIG"])

@@ -14,6 +14,7 @@ import pytest
 from fiberexec import LaunchError
 from fiberexec.backends import _kubernetes_api as api
 from fiberexec.backends import _kubernetes_watch as watches
+from fiberexec.backends import kubernetes as backend
 
 from .conftest import Place, eventually
 from .fake import DROP, NAMESPACE, Answer, Fake, failure
@@ -232,6 +233,20 @@ def test_jobs_that_were_given_up_while_the_server_was_away_are_deleted_when_it_i
     assert list(fake.pods) == jobs[1:] and list(fake.secrets) == jobs[1:]
 
 
+def test_a_delete_that_is_refused_for_a_while_is_tried_again(
+    fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_LOOK", 0.2)
+    job = one.start(1, "")
+    refused = first(1000, failure(503, "ServiceUnavailable"), "DELETE", "pods/")
+    fake.before = refused
+    threading.Timer(7.0, lambda: setattr(fake, "before", lambda *_: None)).start()
+    one.backend.terminate([job])  # gives up before that
+    assert fake.before is refused
+    one.end(job, 30)
+    assert not fake.pods
+
+
 # -- a server that is busy, or whose answers are lost
 
 
@@ -264,7 +279,8 @@ def test_a_name_that_somebody_elses_pod_has_is_an_error(fake: Fake, one: Place) 
     fake.pods[name] = {"metadata": {"name": name, "labels": {}}, "status": {}, "spec": {}}
     with pytest.raises(LaunchError, match="already exists"):
         one.start(1, "")
-    fake.pods.pop(name, None)
+    assert list(fake.pods) == [name]  # nor is it touched
+    fake.pods.clear()
 
 
 def test_a_pod_without_its_secret_does_not_stay(fake: Fake, one: Place) -> None:
@@ -297,8 +313,7 @@ def test_a_list_in_pages_that_breaks_is_begun_again(fake: Fake, one: Place, monk
 def test_the_pods_of_a_lost_node_have_not_ended_before_they_are_gone(fake: Fake, one: Place) -> None:
     job = one.start(1, "")
     fake.node = False
-    message = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "deleting due to NoExecute"}
-    fake.say(job, conditions=[message])
+    fake.say(job, conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}])
     fake.answer("DELETE", f"/api/v1/namespaces/{NAMESPACE}/pods/{job}", {}, {})
     time.sleep(1)
     assert nothing_has_ended(one)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import services
+from services import cluster
 
 from fiberexec import FiberError, FiberExecutor
 from fiberexec.backends.base import Job, JobBackend
@@ -37,7 +37,8 @@ def test_an_executor_has_its_workers_in_pods(place: Make, space: str) -> None:
 
 
 WHO = (
-    "import getpass, json, os, pathlib; print(json.dumps([os.getuid(), os.getgid(), getpass.getuser(), str(pathlib.Path.home()), "
+    "import getpass, json, os, pathlib; "
+    "print(json.dumps([os.getuid(), os.getgid(), getpass.getuser(), str(pathlib.Path.home()), "
     "[line.split()[1] for line in open('/proc/self/status') if line.startswith(('CapBnd', 'NoNew', 'Seccomp:'))], "
     "os.path.exists('/var/run/secrets/kubernetes.io'), [n for n in os.environ if n.endswith('_SERVICE_HOST')], "
     "os.statvfs('/dev/shm').f_blocks * os.statvfs('/dev/shm').f_frsize >> 20]))"
@@ -45,9 +46,11 @@ WHO = (
 
 
 def test_a_pod_is_nobody_without_rights_tokens_or_names_of_services(place: Make, space: str) -> None:
-    apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "other", "namespace": space}, "spec": {"ports": [{"port": 1}]}})
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "other", "namespace": space}}
+    apply({**service, "spec": {"ports": [{"port": 1}]}})
     one = place()
-    uid, gid, user, home, status, has_token, names, shared = json.loads(one.end(one.start(1, f"{WHO}; raise SystemExit(1)")).log)
+    log = one.end(one.start(1, f"{WHO}; raise SystemExit(1)")).log
+    uid, gid, user, home, status, has_token, names, shared = json.loads(log)
     assert (uid, gid, user, home) == (65534, 65534, "fiberexec", "/tmp")
     assert status == ["0000000000000000", "1", "2"]
     assert not has_token and names == ["KUBERNETES_SERVICE_HOST"]  # which the kubelet gives to all
@@ -56,7 +59,8 @@ def test_a_pod_is_nobody_without_rights_tokens_or_names_of_services(place: Make,
 
 def test_credentials_are_a_file_of_a_secret_that_goes_with_the_pod(place: Make, space: str) -> None:
     one = place()
-    job = one.start(1, f"import sys; print(open('/var/run/fiberexec/credentials').read() == {SECRET.decode()!r}); {SLEEP}", SECRET)
+    code = f"print(open('/var/run/fiberexec/credentials').read() == {SECRET.decode()!r}); {SLEEP}"
+    job = one.start(1, code, SECRET)
     one.says(job, "True")
     pod = kubectl("-n", space, "get", "pod", job, "-o", "yaml")
     assert SECRET.decode() not in pod.replace(repr(SECRET.decode()), "")  # the code above has it, nothing else
@@ -124,7 +128,8 @@ def test_an_evicted_pod_is_nobodys_fault(place: Make, space: str) -> None:
     one = place()
     job = one.start(1, SLEEP)
     one.says(job, "up")
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": job}, "deleteOptions": {"gracePeriodSeconds": 1}}
+    eviction: dict[str, object] = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": job}}
+    eviction["deleteOptions"] = {"gracePeriodSeconds": 1}
     kubectl("create", "--raw", f"/api/v1/namespaces/{space}/pods/{job}/eviction", "-f", "-", stdin=json.dumps(eviction))
     exit = one.end(job)
     assert (exit.reason, exit.infrastructure) == ("EvictionByEvictionAPI", True)
@@ -181,17 +186,15 @@ def test_logs_are_followed_until_the_job_ends(place: Make) -> None:
         next(one.backend.logs("no-such"))
 
 
-def test_a_pod_reaches_the_driver(place: Make) -> None:
-    one = place()
-    (address,) = one.backend.advertise()
-    with socket.create_server((address, 0)) as server:
-        server.settimeout(30)
-        job = one.start(1, f"import socket; socket.create_connection(({address!r}, {server.getsockname()[1]}), 20).sendall(b'hello')")
-        connection, _ = server.accept()
-        with connection:
-            assert connection.recv(5) == b"hello"
-        assert one.end(job).code == 0
-    assert place(backend_options={"advertise_address": "driver.example"}).backend.advertise() == ("driver.example",)
+def test_a_driver_that_pods_reach_says_so(place: Make, space: str) -> None:
+    image = services.cluster_image(services.worker_image())
+    options = {"namespace": space, "advertise_address": cluster.ADDRESS}
+    place()  # sets KUBECONFIG
+    with FiberExecutor(1, backend="kubernetes", image=image, backend_options=options) as executor:
+        assert executor.submit(pow, 2, 10).result(60) == 1024
+    one = place(backend_options={"advertise_address": ["driver.example", "::1"]})
+    assert one.backend.advertise() == ("driver.example", "::1")
+    assert one.backend.reach(7, "x") == ("driver.example:7", "[::1]:7")
 
 
 def test_volumes_are_mounted(place: Make, space: str) -> None:
