@@ -119,6 +119,13 @@ def test_a_probe_that_says_nothing_is_reported_with_its_last_words(monkeypatch: 
     assert finding.status == "broken" and "no such luck" in finding.found
 
 
+def test_a_task_that_never_ends_is_a_finding() -> None:
+    executor = fiberexec.FiberExecutor(1, backend="local")
+    executor.submit(time.sleep, 1000)
+    with pytest.raises(fiberexec.FiberError, match=r"no result after 0\.2 seconds"):
+        doctor.run_task(executor, 0.2)
+
+
 def test_what_cannot_be_listened_on_is_an_error_that_says_so() -> None:
     with pytest.raises(OSError, match=r"192\.0\.2\.7"):
         Listening("192.0.2.7")
@@ -146,7 +153,7 @@ def test_a_backend_that_is_unknown_is_a_finding() -> None:
 
 
 def test_a_job_that_cannot_reach_this_host_is_told_what_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Listening, "addresses", lambda self, hosts: ["tls+tcp://127.0.0.1:1"])
+    monkeypatch.setattr(AgentBackend, "reach", lambda self, port, program: ("127.0.0.1:1",))
     found = examine("--backend", "agents", exit_code=1)
     assert found["route"]["status"] == "broken"
     assert "127.0.0.1:1" in found["route"]["found"] and "firewall" in found["route"]["remedy"]

@@ -70,6 +70,9 @@ class Fake:
     def advertise(self) -> tuple[str, ...]:
         return ("127.0.0.1",)
 
+    def reach(self, port: int, program: str) -> tuple[str, ...]:
+        raise AssertionError
+
     def start(self, job: Any) -> None:
         raise AssertionError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib
 import importlib.metadata
 import inspect
@@ -152,11 +153,18 @@ def _temporary() -> Finding:
 
 def _local_task() -> Finding:
     started = time.monotonic()
-    with fiberexec.FiberExecutor(1, backend="local", startup_timeout=_TIMEOUT / 2) as executor:
-        value = executor.submit(abs, -1).result(_TIMEOUT)
-    if value != 1:
-        return Finding("local workers", BROKEN, f"a task of abs(-1) came back with {value!r}")
+    run_task(fiberexec.FiberExecutor(1, backend="local", startup_timeout=_TIMEOUT), _TIMEOUT)
     return Finding("local workers", OK, f"one has started and run a task in {time.monotonic() - started:.2f} s")
+
+
+def run_task(executor: fiberexec.FiberExecutor, seconds: float) -> None:
+    """Run a task, and end the executor. Raises what keeps it from being run, and FiberError if nothing comes."""
+    with executor:
+        try:
+            executor.submit(abs, -1).result(seconds)
+        except concurrent.futures.TimeoutError:
+            executor.kill_workers()
+            raise FiberError(f"there is no result after {seconds:g} seconds") from None
 
 
 def _handshake() -> Finding:
@@ -164,7 +172,7 @@ def _handshake() -> Finding:
     with Listening("127.0.0.1") as listening:
         done = subprocess.run(
             [sys.executable, "-c", source(), "-"],
-            input=listening.told("doctor", ["127.0.0.1"], linger=0),
+            input=listening.told("doctor", [f"tls+tcp://127.0.0.1:{listening.port}"], linger=0),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             timeout=_TIMEOUT,

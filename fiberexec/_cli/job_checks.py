@@ -19,7 +19,7 @@ import fiberexec
 from fiberexec import _config
 from fiberexec import _messages as messages
 from fiberexec._cli import show
-from fiberexec._cli.doctor import BROKEN, OK, SKIPPED, WARNING, Finding, new_program, reported, source
+from fiberexec._cli.doctor import BROKEN, OK, SKIPPED, WARNING, Finding, new_program, reported, run_task, source
 from fiberexec._cli.listener import Listening
 from fiberexec._cli.places import Places
 from fiberexec._errors import FiberError, LaunchError
@@ -69,11 +69,11 @@ def _examine(backend: JobBackend, settings: _config.Settings) -> Iterator[Findin
         )  # fmt: skip
         return
     with listening:
-        urls = listening.addresses(hosts)
         trial = _Trial(backend, settings)
         try:
+            urls = [f"tls+tcp://{address}" for address in backend.reach(listening.port, trial.program)]
             begun = time.time()
-            report = trial.run(listening, hosts)
+            report = trial.run(listening, urls)
         except FiberError as error:
             yield Finding("job", BROKEN, str(error))
             return
@@ -123,9 +123,9 @@ class _Trial:
         for each in ended:
             self._ended.put(each)
 
-    def run(self, listening: Listening, hosts: Sequence[str]) -> dict[str, Any]:
+    def run(self, listening: Listening, urls: Sequence[str]) -> dict[str, Any]:
         """What the probe says. Raises LaunchError, which says why it says nothing."""
-        credentials = listening.told(self._job, hosts, _LINGER)
+        credentials = listening.told(self._job, urls, _LINGER)
         job = Job(self._job, self.program, ("python", "-c", source(), "-"), credentials)
         self._watch.start()
         threading.Thread(target=self._start, args=(job,), name="fiberexec-doctor-start", daemon=True).start()
@@ -242,8 +242,10 @@ def _task(settings: _config.Settings) -> Finding:
     started = time.monotonic()
     options = dict(settings.backend_options)
     try:
-        with fiberexec.FiberExecutor(1, backend=settings.backend, image=settings.image, backend_options=options) as executor:
-            executor.submit(abs, -1).result(settings.startup_timeout)
+        executor = fiberexec.FiberExecutor(
+            1, backend=settings.backend, image=settings.image, backend_options=options, startup_timeout=_SAYS_NOTHING
+        )
+        run_task(executor, 2 * _SAYS_NOTHING)
     except Exception as error:
         cause = error.__cause__ or error
         return Finding("task", BROKEN, f"a task could not be run: {cause}")

@@ -53,15 +53,11 @@ class Listening:
         self._process.kill()
         self._process.communicate()
 
-    def told(self, job: str, hosts: Sequence[str], linger: float) -> bytes:
-        """The credentials of a probe that is to try these names of this host. A secret."""
+    def told(self, job: str, addresses: Sequence[str], linger: float) -> bytes:
+        """The credentials of a probe that is to try these addresses ("tls+tcp://host:port"). A secret."""
         certificate, key = self._authority.certificate(job)
         told = {"job": job, "server": _SERVER, "ca": self._authority.ca, "certificate": certificate, "key": key}
-        return json.dumps({**told, "hub": self.addresses(hosts), "linger": linger}).encode()
-
-    def addresses(self, hosts: Sequence[str]) -> list[str]:
-        """As agents are told them."""
-        return [f"tls+tcp://{f'[{host}]' if ':' in host else host}:{self.port}" for host in hosts]
+        return json.dumps({**told, "hub": list(addresses), "linger": linger}).encode()
 
 
 def main() -> None:
