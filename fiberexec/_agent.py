@@ -28,6 +28,7 @@ from typing import Any
 from fiberexec import _config, _platform
 from fiberexec import _messages as messages
 from fiberexec._bundle._job import SHIPPED
+from fiberexec._hub.folder import place
 from fiberexec._hub.launch import ADDRESS, DOOR
 from fiberexec._inherited import JOB
 from fiberexec._relay import IN, Relays
@@ -37,6 +38,7 @@ from fiberexec.backends.base import Ended, JobEvent, Probed, Recalled, Refused, 
 from fiberexec.backends.local import LocalBackend
 
 SILENCE = 3.0  # a silent connection is made again after this part of driver_timeout
+_FOLDER = "fiberexec-job-"  # how the name of its folder begins
 _GRACE = 25.0  # seconds; who sends SIGTERM sends SIGKILL a little later
 _BULK = 1 << 15  # bytes of an answer, beyond which more are likely to follow
 _BACKLOG = 4 << 20  # bytes on the way to the hub, beyond which workers' output waits
@@ -350,7 +352,7 @@ def main() -> None:
         with open(sys.argv[1], encoding="utf-8") as file:
             credentials = json.load(file)
     os.environ.update(credentials["env"])
-    folder = tempfile.mkdtemp(prefix="fiberexec-job-")
+    folder = tempfile.mkdtemp(prefix=_FOLDER, dir=place(_FOLDER))
     os.environ[JOB] = folder
     with open(os.path.join(folder, ADDRESS), "w", encoding="utf-8", opener=_private) as file:
         file.write("\n".join(credentials["address"]))

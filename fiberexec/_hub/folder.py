@@ -16,11 +16,15 @@ SOCKET = "hub"  # the socket's name in it
 _LONGEST = 100  # bytes of a Unix socket's path, which every system takes
 
 
+def place(prefix: str) -> str:
+    """Where to make a folder with this prefix, in which sockets are to stand: their paths must not be long."""
+    parent = tempfile.gettempdir()
+    return parent if len(os.fsencode(parent)) + len(f"/{prefix}12345678/listener-12345678") <= _LONGEST else "/tmp"
+
+
 def make() -> tuple[str, int]:
     """A new folder that only this user may enter, and the descriptor that holds its lock; -1 where locks are not to be had."""
-    parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) + len(f"/{_PREFIX}12345678/listener-12345678") > _LONGEST:
-        parent = "/tmp"
+    parent = place(_PREFIX)
     sweep(parent)
     while True:
         folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)

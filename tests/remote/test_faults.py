@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -220,24 +222,25 @@ def test_without_the_hub_every_future_ends_and_says_why_and_the_jobs_go(
 # -- the driver
 
 PROGRAM = """
-import os, sys, time
+import json, os, sys, time
+from pathlib import Path
 from fiberexec import FiberExecutor, _launcher
 from fiberexec._hub import launch
 
 def task(number):
-    print("task", os.getpid(), flush=True)
+    (folder / f"task {os.getpid()}").touch()
     time.sleep(60)
 
+folder = Path(sys.argv[1])
 if __name__ == "__main__":
-    executor = FiberExecutor(2, backend="agents", driver_timeout=3, workers_per_job=int(sys.argv[1]))
+    executor = FiberExecutor(2, backend="agents", driver_timeout=3, workers_per_job=int(sys.argv[2]))
     futures = [executor.submit(task, number) for number in range(4)]
-    while executor.stats().idle or executor.stats().started < 2:
+    while len(tasks := list(folder.glob("task *"))) < 2:
         time.sleep(0.01)
-    print("hub", launch._pid, flush=True)
-    for backend in [place.backend for place in _launcher._launcher._places.values()]:
-        for process in backend._processes.values():
-            print("agent", process.pid, flush=True)
-    print("ready", flush=True)
+    agents = [process.pid for place in _launcher._launcher._places.values() for process in place.backend._processes.values()]
+    told = {"hub": [launch._pid], "agent": agents, "task": [int(path.name.split()[1]) for path in tasks]}
+    (folder / "unfinished").write_text(json.dumps(told))
+    (folder / "unfinished").rename(folder / "told")
     [future.result() for future in futures]
 """
 
@@ -250,18 +253,14 @@ class Driver:
         path.write_text(PROGRAM)
         self.folder = folder
         environ = {**os.environ, "PYTHONPATH": root, "TMPDIR": str(folder)}
-        self.process = subprocess.Popen(
-            [sys.executable, str(path), str(per_job)], stdout=subprocess.PIPE, text=True, env=environ, start_new_session=True
-        )
-        self.pids: dict[str, list[int]] = {"hub": [], "agent": [], "task": []}
-        assert self.process.stdout is not None
-        while len(self.pids["task"]) < 2 or not self.pids["hub"]:
-            word, _, pid = self.process.stdout.readline().strip().partition(" ")
-            if word != "ready":
-                self.pids[word].append(int(pid))
-        while len(self.pids["agent"]) < 2 // per_job:
-            word, _, pid = self.process.stdout.readline().strip().partition(" ")
-            self.pids[word].append(int(pid))
+        self.process = subprocess.Popen([sys.executable, str(path), str(folder), str(per_job)], env=environ)
+        self.pids: dict[str, list[int]] = {}
+
+    def listen(self) -> bool:
+        """Whether its tasks run; then it has told who there is."""
+        if (self.folder / "told").exists():
+            self.pids = json.loads((self.folder / "told").read_text())
+        return bool(self.pids)
 
     def left(self) -> list[int]:
         return [pid for pids in self.pids.values() for pid in pids if alive(pid)]
@@ -271,23 +270,24 @@ class Driver:
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+def driver(until: Callable[..., Any]) -> Iterator[Callable[..., Driver]]:
     import fiberexec
 
     made: list[Driver] = []
 
     def start(per_job: int = 1) -> Driver:
-        made.append(Driver(tmp_path, str(Path(fiberexec.__file__).parents[1]), per_job))
+        folder = tempfile.mkdtemp(prefix="driver-")  # a short path, since sockets stand there
+        made.append(Driver(Path(folder), str(Path(fiberexec.__file__).parents[1]), per_job))
+        until(made[-1].listen, what="its tasks run")
         return made[-1]
 
     yield start
     for each in made:
         each.process.kill()
         each.process.wait()
-        assert each.process.stdout is not None
-        each.process.stdout.close()
         for pid in each.left():
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(each.folder)
 
 
 @pytest.mark.parametrize("per_job", [1, 2])
