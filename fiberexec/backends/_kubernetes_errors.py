@@ -6,7 +6,7 @@ import re
 
 from fiberexec._errors import LaunchError
 from fiberexec.backends._docker_errors import DOCKERFILE_LINE, quoted, verdict
-from fiberexec.backends._kubernetes_api import ApiError, Setup
+from fiberexec.backends._kubernetes_api import ApiError, Setup, in_cluster
 from fiberexec.backends._kubernetes_pods import Trouble
 from fiberexec.backends.base import Exit
 
@@ -86,17 +86,20 @@ def _forbidden(found: re.Match[str], doing: str, said: str, namespace: str) -> s
     verb, resource, user = found["verb"], found["resource"], found["user"]
     return (
         f"Kubernetes: {doing} failed: {user} may not {verb} {resource} in namespace {namespace} ({said}). What to do: let "
-        f"somebody who may apply this (kubectl apply -f -):\n{role(namespace, user)}"
+        f"somebody who may apply this (kubectl apply -f -):\n{role(namespace, user, not in_cluster())}"
     )
 
 
-def role(namespace: str, user: str) -> str:
-    """The smallest Role, and a RoleBinding for that user: YAML."""
+def role(namespace: str, user: str, outside: bool = False) -> str:
+    """The smallest Role, and a RoleBinding for that user: YAML. ``outside``: for a program that is not in the cluster."""
     account = re.fullmatch(r"system:serviceaccount:([^:]+):(.+)", user)
     if account is not None:
         subject = f"{{kind: ServiceAccount, name: {account[2]}, namespace: {account[1]}}}"
     else:
         subject = f'{{kind: User, name: "{user}", apiGroup: rbac.authorization.k8s.io}}'
+    outpost = """- {apiGroups: [batch], resources: [jobs], verbs: [create, delete, get]}
+- {apiGroups: [""], resources: [pods/portforward], verbs: [create, get]}
+"""
     return f"""apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata: {{name: fiberexec, namespace: {namespace}}}
@@ -105,7 +108,7 @@ rules:
 - {{apiGroups: [""], resources: [pods/log], verbs: [get]}}
 - {{apiGroups: [""], resources: [events], verbs: [list]}}
 - {{apiGroups: [""], resources: [secrets], verbs: [create]}}
----
+{outpost if outside else ""}---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata: {{name: fiberexec, namespace: {namespace}}}

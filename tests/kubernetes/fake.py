@@ -194,7 +194,8 @@ class Fake:
                         return
                     self.changed.wait(0.5)
                     continue
-            for seen, kind, pod in events:
+            seen = events[-1][0]
+            for _, kind, pod in events:
                 if _fits(pod, query):
                     write(_line(kind, pod))
 

@@ -14,6 +14,8 @@ import services
 
 from fiberexec import BrokenExecutor, ConfigError, FiberExecutor, LaunchError
 from fiberexec.backends._kubernetes_errors import role
+from fiberexec.backends._kubernetes_errors import stuck as explain
+from fiberexec.backends._kubernetes_pods import Trouble
 from fiberexec.backends.base import Job
 
 from .conftest import SLEEP, Place, apply, eventually, get, kubectl
@@ -64,6 +66,11 @@ def test_a_pod_that_cannot_start_is_removed_and_says_why(
     one = place(**arguments, **({"image": image} if image else {}))
     assert said in stuck(one, reason)
     eventually(lambda: no_pods(one))
+
+
+def test_an_image_name_that_a_node_cannot_read_is_told_as_such() -> None:
+    said = 'failed to parse image reference "UPPER/case": repository name must be lowercase'
+    assert "is no name of an image" in explain(Trouble("ErrImagePull", said, True), "job", "UPPER/case", "space")
 
 
 def test_an_executor_breaks_with_the_clusters_words(place: Make, space: str) -> None:
@@ -181,7 +188,7 @@ def test_a_missing_right_names_verb_resource_namespace_and_the_role_that_is_enou
     error = refused(one)
     assert error.final and f"{account} may not list pods in namespace {own_space}" in str(error)
     advised = str(error).partition("(kubectl apply -f -):\n")[2]
-    assert advised == role(own_space, account)
+    assert advised == role(own_space, account, outside=True)
     kubectl("apply", "-f", "-", stdin=advised)
     with FiberExecutor(1, backend="kubernetes", image=image, backend_options=options) as executor:
         assert executor.submit(pow, 2, 10).result(60) == 1024  # with these rights and no others

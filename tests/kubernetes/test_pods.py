@@ -1,0 +1,91 @@
+"""What a pod's object means, for cases that one small cluster does not show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fiberexec.backends._kubernetes_pods import exit_of, has_ended, trouble_of
+
+
+def pod(phase: str = "Failed", code: int | None = 137, worker: str = "Error", disruption: str = "", **status: Any) -> dict[str, Any]:
+    state = {} if code is None else {"terminated": {"exitCode": code, "reason": worker}}
+    conditions = [{"type": "DisruptionTarget", "status": "True", "reason": disruption}] if disruption else []
+    containers = [{"name": "worker", "state": state}]
+    return {
+        "metadata": {"name": "p"},
+        "spec": {"containers": [{"name": "worker", "resources": {"limits": {"memory": "1Gi"}}}]},
+        "status": {"phase": phase, "containerStatuses": containers, "conditions": conditions, **status},
+    }
+
+
+@pytest.mark.parametrize("reason", ["PreemptionByScheduler", "DeletionByTaintManager", "EvictionByEvictionAPI", "DeletionByPodGC"])
+def test_what_the_cluster_does_on_its_own_behalf_is_nobodys_fault(reason: str) -> None:
+    exit = exit_of(pod(disruption=reason))
+    assert exit.infrastructure and exit.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "infrastructure"),
+    [
+        (pod(disruption="TerminationByKubelet", reason="Evicted", message="The node was low on resource: memory"), "Evicted", False),
+        (pod(disruption="TerminationByKubelet", reason="Terminated", message="node shutdown"), "Terminated", True),
+        (pod(disruption="TerminationByKubelet", reason="Preempting", message="for a critical pod"), "Preempting", True),
+        (pod(reason="DeadlineExceeded", message="active on the node longer than"), "DeadlineExceeded", False),
+        (pod(code=None, reason="OutOfcpu", message="Node didn't have enough resource: cpu"), "OutOfcpu", True),
+        (pod(code=None, reason="NodeAffinity", message="predicate failed"), "NodeAffinity", True),
+        (pod(worker="ContainerStatusUnknown"), "ContainerStatusUnknown", True),
+        (pod(worker="OOMKilled", disruption="EvictionByEvictionAPI"), "OOMKilled", False),
+        (pod(code=0, phase="Succeeded", worker="OOMKilled"), "OOMKilled", False),
+        (pod(code=3), "", False),
+    ],
+)
+def test_a_reason_tells_whose_fault_it_was(found: dict[str, Any], reason: str, infrastructure: bool) -> None:
+    exit = exit_of(found)
+    assert (exit.reason, exit.infrastructure) == (reason, infrastructure)
+
+
+def test_a_deletion_after_the_end_excuses_nothing() -> None:
+    found = pod(code=3)
+    found["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = "2030-01-01T00:00:00Z"
+    found["metadata"].update(deletionTimestamp="2030-01-01T00:01:00Z", deletionGracePeriodSeconds=30)
+    assert not exit_of(found).infrastructure
+    found["metadata"].update(deletionTimestamp="2030-01-01T00:00:20Z")
+    assert exit_of(found).infrastructure
+
+
+def test_the_limit_of_memory_is_named() -> None:
+    assert "its limit of 1Gi" in exit_of(pod(worker="OOMKilled")).log
+
+
+@pytest.mark.parametrize("phase", ["Pending", "Running", "Unknown"])
+def test_a_pod_whose_node_is_silent_has_not_ended(phase: str) -> None:
+    assert not has_ended(pod(phase=phase, code=None))
+
+
+@pytest.mark.parametrize(
+    ("message", "final"),
+    [
+        ("rpc error: code = NotFound desc = failed to pull: docker.io/library/nope:1: not found", True),
+        ("failed to authorize: failed to fetch anonymous token: 401 Unauthorized", True),
+        ("dial tcp: lookup registry.example: no such host", True),
+        ("toomanyrequests: You have reached your pull rate limit", False),
+        ("dial tcp 192.0.2.1:443: i/o timeout", False),
+        ("Back-off pulling image", False),
+    ],
+)
+def test_a_pull_that_may_yet_succeed_is_waited_for(message: str, final: bool) -> None:
+    waiting = {"waiting": {"reason": "ErrImagePull", "message": message}}
+    found = {"metadata": {"name": "p"}, "status": {"phase": "Pending", "containerStatuses": [{"name": "worker", "state": waiting}]}}
+    trouble = trouble_of(found)
+    assert trouble is not None and (trouble.reason, trouble.final) == ("ErrImagePull", final)
+
+
+def test_a_scheduled_pod_is_in_no_trouble() -> None:
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes"}
+    found: dict[str, Any] = {"metadata": {"name": "p"}, "status": {"phase": "Pending", "conditions": [condition]}}
+    trouble = trouble_of(found)
+    assert trouble is not None and not trouble.final
+    condition["status"] = "True"
+    assert trouble_of(found) is None
