@@ -102,8 +102,9 @@ def logs(job: str, follow: bool, backend: str | None, as_json: bool) -> None:
     from fiberexec._cli import jobs
 
     places = _places(backend)
+    program = run.program(places, job)
     try:
-        for line in jobs.logs(places, job, follow):
+        for line in jobs.logs(places, job, follow) if program is None else program.lines(job, follow):
             text = line.rstrip("\r\n")
             click.echo(json.dumps({"job": job, "line": text}) if as_json else text)
     finally:
@@ -122,8 +123,13 @@ def kill(target: str, backend: str | None, as_json: bool) -> None:
     from fiberexec._cli import jobs, show
 
     places = _places(backend)
+    program = run.program(places, target)
     try:
-        done, warnings = jobs.kill(places, target)
+        if program is None:
+            done, warnings = jobs.kill(places, target)
+        else:
+            program.remove(target)
+            done, warnings = [jobs.Killed(target, program.name, "job", 1)], []
     finally:
         places.close()
     if as_json:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -65,7 +66,7 @@ class Places:
         try:
             self._table = processes.table()
             if LOCAL in names:
-                self.rows = [_local(*pair) for pair in processes.workers(self._table)]
+                self.rows = [*(_local(*pair) for pair in processes.workers(self._table)), *_programs()]
         except (FiberError, OSError) as error:
             self.problems[LOCAL] = str(error)
         for name, jobs in found.items():
@@ -116,6 +117,18 @@ def _local(worker: processes.Process, driver: processes.Process) -> Row:
     user = processes.user_name(worker.user)
     job = f"local-{worker.pid}"  # as the executor calls it
     return Row(job, LOCAL, "running", name, True, name, user, host, "", worker.started, driver.command, WORKER)
+
+
+def _programs() -> list[Row]:
+    """What `fiberexec run` has started on this host."""
+    from fiberexec._cli.run_local import LocalPlace
+
+    host = _platform.host_name()
+    user = processes.user_name(os.getuid())
+    return [
+        Row(name, LOCAL, "running" if runs else "exited", "", None, name, user, host, "", started, command, PROGRAM)
+        for name, runs, started, command in LocalPlace().list()
+    ]
 
 
 def settings_for(name: str, settings: _config.Settings) -> _config.Settings:

@@ -12,6 +12,7 @@ from fiberexec._errors import ConfigError, FiberError
 
 if TYPE_CHECKING:
     from fiberexec._cli import run_base
+    from fiberexec._cli.places import Places
 
 _BACKENDS = ("local", "docker", "kubernetes")
 
@@ -136,6 +137,16 @@ def rbac(namespace: str | None, service_account: str) -> None:
         except (Setup, ImportError):
             namespace = "default"
     click.echo(run_job.rights(namespace, service_account), nl=False)
+
+
+def program(places: Places, name: str) -> run_base.Place | None:
+    """The place of a program that is more than a job of its backend: a process of this host, or a Job; None if it is none."""
+    from fiberexec._cli.places import PROGRAM
+
+    for row in places.rows:
+        if row.id == name and row.role == PROGRAM and row.backend in ("local", "kubernetes"):
+            return _place(row.backend, None)
+    return None
 
 
 def _show(place: run_base.Place, name: str) -> None:

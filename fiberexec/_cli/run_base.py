@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, Protocol
 
 from fiberexec import _config
@@ -43,11 +43,16 @@ class Fate(NamedTuple):
 class Place(Protocol):
     """Where programs run. Everything raises FiberError, which says what to do."""
 
+    name: str  # of the backend
+
     def start(self, wanted: Wanted, said: Callable[[str], None]) -> None:
         """Start a program. ``said`` gets what is worth knowing meanwhile."""
 
     def follow(self, name: str, put: Put) -> Fate:
         """Pass on all that a program writes, from its start to its end."""
+
+    def lines(self, name: str, follow: bool) -> Iterator[str]:
+        """The lines that a program has written; with ``follow`` until it ends."""
 
     def signal(self, name: str, number: int) -> None:
         """Send a signal to a program; SIGKILL ends all that it has started too. One that has ended is left alone."""
@@ -116,3 +121,28 @@ def variables(wanted: Wanted, image: str = "", **more: str) -> dict[str, str]:
     found["backend"] = wanted.backend
     ours = {f"{_config.PREFIX}{name.upper()}": text for name, text in found.items()}
     return {"PYTHONUNBUFFERED": "1", **ours, **more, **wanted.env}
+
+
+def followed(place: Place, name: str) -> Iterator[str]:
+    """The lines that a program writes, until it ends: those of its two streams as they come."""
+    import queue
+    import threading
+
+    found: queue.SimpleQueue[tuple[int, bytes] | BaseException | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            place.follow(name, lambda descriptor, data: found.put((descriptor, data)))
+            found.put(None)
+        except BaseException as error:
+            found.put(error)
+
+    threading.Thread(target=run, name="fiberexec-follow", daemon=True).start()
+    rest = {1: b"", 2: b""}
+    while (item := found.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        descriptor, data = item
+        *whole, rest[descriptor] = (rest[descriptor] + data).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in whole)
+    yield from (text.decode("utf-8", "replace") for text in rest.values() if text)

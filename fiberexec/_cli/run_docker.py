@@ -17,13 +17,13 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import IO, Any
 
 from fiberexec import _config
 from fiberexec._cli import run_code, run_first
-from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, shown, variables
+from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, followed, shown, variables
 from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
@@ -41,6 +41,8 @@ _logger = logging.getLogger("fiberexec")
 
 class DockerPlace:
     """See run_base.Place. Raises ConfigError without Docker's SDK."""
+
+    name = "docker"
 
     def __init__(self) -> None:
         try:
@@ -152,6 +154,16 @@ class DockerPlace:
             image = str(self._engine.client().api.inspect_container(name)["Config"]["Image"])
             return Fate(code, errors.verdict(image, log, self._python))
         return Fate(code)
+
+    def lines(self, name: str, follow: bool) -> Iterator[str]:
+        if follow:
+            yield from followed(self, name)
+            return
+        try:
+            text = self._engine.client().api.logs(name)
+        except Exception as error:
+            raise self._engine.failed(error, f"reading the log of {name}", name=name) from error
+        yield from text.decode("utf-8", "replace").splitlines()
 
     def signal(self, name: str, number: int) -> None:
         try:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from fiberexec._cli import run_code, run_files, run_job
-from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, variables
+from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, followed, variables
 from fiberexec._cli.run_exec import Exec
 from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _kubernetes_errors as errors
@@ -35,6 +35,8 @@ _STAMP = 30  # characters of a time before each line
 
 class KubernetesPlace:
     """See run_base.Place. Raises ConfigError without Kubernetes' SDK."""
+
+    name = "kubernetes"
 
     def __init__(self, namespace: str | None) -> None:
         from fiberexec import _config
@@ -169,6 +171,17 @@ class KubernetesPlace:
                     yield stamp, line[_STAMP + 1 :] + b"\n"
         except ApiError:
             return  # follow() looks whether it has ended
+
+    def lines(self, name: str, follow: bool) -> Iterator[str]:
+        if follow:
+            yield from followed(self, name)
+            return
+        pod = self._pod(name)
+        try:
+            for line in lines(self._reader.log(pods.name(pod), False)) if pod is not None else ():
+                yield line.decode("utf-8", "replace")
+        except ApiError as error:
+            raise self._failed(error, f"reading the log of {name}") from error
 
     def signal(self, name: str, number: int) -> None:
         if number == signal.SIGKILL:

@@ -1,6 +1,6 @@
 """Programs as processes of this host, each with a folder that has what it wrote and how it ended.
 
-<state>/fiberexec/run/<name>/   lock: held as long as it runs   pid   out   err   exit
+<state>/fiberexec/run/<name>/   lock: held as long as it runs   command   pid   out   err   exit
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from fiberexec._cli import run_first
-from fiberexec._cli.run_base import Fate, Put, Wanted, variables
+from fiberexec._cli.run_base import Fate, Put, Wanted, followed, shown, variables
 from fiberexec._errors import ConfigError, FiberError
 
 _PAUSE = 0.05  # seconds between looks at what it has written
@@ -27,6 +27,8 @@ _PIECE = 1 << 16
 
 class LocalPlace:
     """See run_base.Place."""
+
+    name = "local"
 
     def __init__(self) -> None:
         base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -42,6 +44,7 @@ class LocalPlace:
         except OSError as error:
             raise FiberError(f"the folder of programs cannot be made: {error}; XDG_STATE_HOME chooses another") from None
         spec = {"command": wanted.command, "env": variables(wanted), "folder": "", "note": True}
+        (folder / "command").write_text(shown(wanted.command))
         (folder / run_first.SPEC).touch(mode=0o600)
         (folder / run_first.SPEC).write_text(json.dumps(spec))
         with open(folder / "lock", "w") as lock, open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
@@ -76,6 +79,14 @@ class LocalPlace:
         except FileNotFoundError:
             return Fate(137, f"{name} was killed, and how its program ended is not known")
 
+    def lines(self, name: str, follow: bool) -> Iterator[str]:
+        if not follow:
+            folder = self._folder(name)
+            for file in ("out", "err"):
+                yield from (folder / file).read_text(errors="replace").splitlines()
+            return
+        yield from followed(self, name)
+
     def signal(self, name: str, number: int) -> None:
         folder = self._folder(name)
         pid = int((folder / "pid").read_text())
@@ -100,9 +111,16 @@ class LocalPlace:
     def has(self, name: str) -> bool:
         return (self._root / name / "lock").exists()
 
-    def list(self) -> list[tuple[str, bool]]:
-        """(name, whether it runs) of every program of this user."""
-        return [(folder.name, self._runs(folder)) for folder in sorted(self._root.glob("*")) if (folder / "lock").exists()]
+    def list(self) -> list[tuple[str, bool, float, str]]:
+        """(name, whether it runs, when it was started, its command) of every program of this user."""
+        found = []
+        for folder in sorted(self._root.glob("*")):
+            try:
+                started, command = (folder / "lock").stat().st_mtime, (folder / "command").read_text()
+            except OSError:
+                continue  # it has just been removed
+            found.append((folder.name, self._runs(folder), started, command))
+        return found
 
     def fetch(self, name: str, path: str) -> IO[bytes]:
         raise FiberError(f"{name} runs on this host, and its files are here: cp does")
