@@ -60,6 +60,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []
+        self.rewrite: Callable[[dict[str, Any]], None] | None = None  # changes credentials
         self.silent = False  # nothing is started: the test itself plays the agent
         self.backends: list[Any] = []
 
@@ -88,6 +89,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
     def watched(backend: AgentBackend, job: Job) -> None:
         seen.started.append(json.loads(job.credentials))
+        if seen.rewrite is not None:
+            seen.rewrite(seen.started[-1])
+            job = job._replace(credentials=json.dumps(seen.started[-1]).encode())
         if backend not in seen.backends:
             seen.backends.append(backend)
         if seen.silent:
