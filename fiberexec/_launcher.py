@@ -29,7 +29,7 @@ from fiberexec.backends import registry
 from fiberexec.backends.base import Job, JobBackend, JobEnded
 
 SERVER = "hub"  # the name on the hub's certificate
-ENDED = ("exited", "dead", "Succeeded", "Failed")  # states of jobs of which nothing runs any more
+ENDED = ("exited", "dead", "succeeded", "failed")  # states of jobs of which nothing runs any more
 _AT_ONCE = 16  # calls of backends
 _logger = logging.getLogger("fiberexec")
 
@@ -201,12 +201,16 @@ class Launcher:
 
 
 def _sweep(backend: JobBackend) -> None:
-    """Remove what is left of programs of this host that were killed together with their hub: jobs that have ended since."""
+    """Remove what is left of programs of this host that were killed together with their hub: all their jobs have ended since."""
+    left: dict[str, bool] = {}  # by program
     try:
         for job in backend.list():
             pid, _, host = job.get("labels", {}).get("fiberexec.driver", "").partition("@")
-            if job["state"] in ENDED and host == _platform.host_name() and pid.isdecimal() and not _exists(int(pid)):
-                backend.remove(job["program"])
+            gone = host == _platform.host_name() and pid.isdecimal() and not _exists(int(pid))
+            left[job["program"]] = left.get(job["program"], True) and gone and job["state"].lower() in ENDED
+        for program, is_left in left.items():
+            if is_left:
+                backend.remove(program)
     except Exception as error:
         _logger.debug("what other programs have left in backend %r could not be removed: %r", backend.name, error)
 
