@@ -1,0 +1,116 @@
+"""The command ``fiberexec`` as a process of its own, with or without a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import fiberexec
+
+ROOT = str(Path(fiberexec.__file__).parents[1])
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DEADLINE = 90.0  # seconds, for what takes a few where nothing else runs
+
+
+class Runner:
+    """Runs the command in a folder, with a place of its own for what programs of this host leave."""
+
+    def __init__(self, folder: Path, **env: str) -> None:
+        self.folder = folder
+        (folder / ".git").mkdir(exist_ok=True)  # what is above belongs to somebody else
+        self.env = {**os.environ, "PYTHONPATH": ROOT, "XDG_STATE_HOME": str(folder / ".state"), **env}
+
+    def program(self, name: str, text: str) -> None:
+        """Write a file into the folder."""
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_text(text)
+
+    def __call__(self, *arguments: str, code: int | None = None) -> subprocess.CompletedProcess[str]:
+        """Run it to its end; ``code`` is the exit code that it must have."""
+        done = subprocess.run(
+            _command(*arguments), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=DEADLINE
+        )
+        assert code is None or done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def begin(self, *arguments: str, terminal: bool = False) -> Running:
+        """Start it."""
+        return Running(_command(*arguments), self.folder, self.env, terminal)
+
+
+class Running:
+    """The command while it runs. With a terminal that is its stdin and stderr, and this its other end."""
+
+    def __init__(self, command: list[str], folder: Path, env: Mapping[str, str], terminal: bool) -> None:
+        self._terminal = -1
+        slave = subprocess.DEVNULL
+        if terminal:
+            self._terminal, slave = pty.openpty()
+        self._errors = subprocess.DEVNULL if not terminal else slave
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=env, stdin=slave, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
+        )
+        if terminal:
+            os.close(slave)
+        self.out = ""
+        self.err = ""
+
+    def expect(self, pattern: str, *, error: bool = False) -> None:
+        """Wait until it has written something to stdout, or to its terminal."""
+        assert self.process.stdout is not None
+        end = time.monotonic() + DEADLINE
+        while not re.search(pattern, self.err if error else self.out):
+            fds = [self.process.stdout.fileno(), *([self._terminal] if self._terminal >= 0 else [])]
+            ready, _, _ = select.select(fds, [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{pattern!r} has not come:\n{self.out}\n{self.err}"
+            for fd in ready:
+                try:
+                    data = os.read(fd, 65536).decode()
+                except OSError:  # a terminal that nobody has any more
+                    data = ""
+                assert data, f"{pattern!r} never came:\n{self.out}\n{self.err}"
+                if fd == self._terminal:
+                    self.err += data
+                else:
+                    self.out += data
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+
+    def answer(self, text: str) -> None:
+        """Type a line."""
+        os.write(self._terminal, f"{text}\n".encode())
+
+    def end(self, code: int) -> str:
+        """Wait for its end; it must have this exit code. Returns all of stdout."""
+        assert self.process.stdout is not None
+        try:
+            found = self.process.wait(DEADLINE)
+            self.out += self.process.stdout.read().decode()
+        finally:
+            self.close()
+        assert found == code, f"exit code {found}\n{self.out}\n{self.err}"
+        return self.out
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        if self._terminal >= 0:
+            os.close(self._terminal)
+            self._terminal = -1
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fiberexec", *arguments]
