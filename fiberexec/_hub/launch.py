@@ -57,6 +57,11 @@ def address() -> Address:
     return _address or reserve()
 
 
+def is_known() -> bool:
+    """Whether this program has a hub, or an address for one."""
+    return _address is not None or _inherited.hub is not None or in_job()
+
+
 def adopt(address: Address) -> None:
     """Use the hub of the program that started this process."""
     global _address

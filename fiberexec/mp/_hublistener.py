@@ -38,10 +38,12 @@ class Backlog:
 
 def connect(address: str, authkey: bytes | None) -> HubConnection:
     """See ``Client()``. Raises ConnectionRefusedError if there is no such listener, or no more."""
-    hub = launch.address()
     try:
+        if not launch.is_known():
+            raise KeyError(address)
+        hub = launch.address()
         id = client.call("connect", int(address.removeprefix(HUB_NAME)), hub=hub)
-    except KeyError:
+    except (KeyError, ValueError):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens there: its process has ended", address) from None
     connection: Any = HubConnection(hub, id, 0)
     if authkey is not None:
