@@ -39,7 +39,7 @@ from fiberexec._session import KEY_SIZE, MESSAGE_BYTES, Session, read_header
 from fiberexec._stream import Buffer, ProtocolError
 
 BEAT = 5.0  # seconds, at most
-BEATS = 12  # in the time for which an end may be out of the other's reach
+_BEATS = 12  # in the time for which an end may be out of the other's reach
 _LENGTH = struct.Struct("<I")
 _LONGEST = 4 * MESSAGE_BYTES  # bytes of a message
 _FULL = 1 << 20  # bytes that wait for the stream: then no more messages are made
@@ -215,7 +215,6 @@ class OuterEnd(_End):
 
     def run(self, patience: float) -> None:
         """Serve until nothing has been heard of the inner end for ``patience`` seconds."""
-        self.beat = min(BEAT, patience / BEATS)
         while monotonic() < self.heard + patience:
             self.turn()
 
@@ -252,6 +251,11 @@ class InnerEnd(_End):
         super().turn()
 
 
+def beat(timeout: float) -> float:
+    """How often both ends say something, if one may be out of reach for ``timeout`` seconds."""
+    return min(BEAT, timeout / _BEATS)
+
+
 def _listener(host: str, port: int) -> socket:
     sock = socket(AF_INET6 if ":" in host else AF_INET, SOCK_STREAM)
     try:
@@ -268,11 +272,13 @@ def _listener(host: str, port: int) -> socket:
 
 
 def main() -> None:
-    """The outer end's program: the port for agents, the one for the stream, and the patience in seconds."""
+    """The outer end's program: the port for agents, the one for the stream, the patience and the beat in seconds."""
     port, inner, patience = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     # The first process of a container, which signals without a handler do not end. It has nothing to lose.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    OuterEnd(port, inner).run(patience)
+    end = OuterEnd(port, inner)
+    end.beat = float(sys.argv[4])
+    end.run(patience)
     print(f"fiberexec: nothing was heard of the driver for {patience:g} seconds", file=sys.stderr)
 
 

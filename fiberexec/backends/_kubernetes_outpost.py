@@ -13,6 +13,7 @@ ends, however it ends.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import resource
@@ -47,6 +48,10 @@ _LATE = 2.0  # seconds without a pod, after which the cluster's reason is looked
 _SIZE = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}}
 
 
+_ENDED = '{"failed": "Kubernetes: the process that connects with it has ended", "final": false}'
+_logger = logging.getLogger("fiberexec")
+
+
 # -- in the driver
 
 
@@ -76,7 +81,7 @@ class Way:
                     self._outpost = None
                 self._maker.owner = None
                 name = f"{program}-outpost-{os.urandom(2).hex()}"
-                body = job(self._maker.pod(name, program, ["python"]), self._told[1] + MARGIN)
+                body = job(self._maker.pod(name, program, ["python"]), self._told[1])
                 try:
                     self._outpost = Outpost(body, self._reader.namespace(), port, *self._told)
                 except LaunchError as error:
@@ -124,10 +129,11 @@ class Outpost:
         try:
             self._process.stdin.write(json.dumps(told).encode() + b"\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-            found: Any = json.loads(
-                line or '{"failed": "Kubernetes: the process that connects with it has ended", "final": false}'
-            )
+            found: dict[str, Any] = {"warning": ""}
+            while "warning" in found:
+                if found["warning"]:
+                    _logger.warning("%s", found["warning"])
+                found = json.loads(self._process.stdout.readline() or _ENDED)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -152,6 +158,7 @@ class Outpost:
                 self._process.stdin.close()  # the link removes the Job when it sees that
             except OSError:
                 pass
+        self._process.terminate()  # the same, where a forked child of this process holds stdin open
         if self._process.stdout is not None:
             self._process.stdout.close()
         try:
@@ -161,18 +168,21 @@ class Outpost:
             self._process.wait()
 
 
-def job(pod: dict[str, Any], patience: float) -> dict[str, Any]:
+def job(pod: dict[str, Any], timeout: float) -> dict[str, Any]:
     """The Job whose pod is the outpost, made of a pod for workers: the same image, rights and place, nothing else of it."""
     meta, spec = pod["metadata"], dict(pod["spec"])
     container = next(dict(one) for one in spec["containers"] if one["name"] == pods.WORKER)
     python = container["command"][0]
-    container["command"] = [python, "-m", "fiberexec._tunnel", str(AGENTS), str(STREAM), f"{patience:g}"]
+    told = AGENTS, STREAM, timeout + MARGIN, _tunnel.beat(timeout)
+    container["command"] = [python, "-m", "fiberexec._tunnel", *(f"{each:g}" for each in told)]
     container["resources"] = _SIZE
     for name in ("volumeMounts", "volumeDevices", "ports", "lifecycle", "livenessProbe", "readinessProbe", "startupProbe"):
         container.pop(name, None)
+    container.pop("envFrom", None)
+    container["env"] = [one for one in container.get("env") or () if "value" in one]  # nothing that may be secret
     for name in ("volumes", "initContainers", "activeDeadlineSeconds", "hostNetwork", "resourceClaims"):
         spec.pop(name, None)
-    spec["containers"] = [container]
+    spec |= {"containers": [container], "automountServiceAccountToken": False}
     labels = {name: value for name, value in meta["labels"].items() if name != "fiberexec.job"}
     labels[ROLE] = "outpost"
     stay = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
@@ -207,10 +217,11 @@ class Link:
         self._jobs = f"/apis/batch/v1/namespaces/{self._namespace}/jobs"
         self._pod = ""
         self._forward: Any = None  # the SDK's end of the stream
+        self._warned: set[str] = set()
         self._low: list[int] = []
         self._over = False
         self._tunnel = _tunnel.InnerEnd(os.urandom(KEY_SIZE), told["port"], self._connect)
-        self._tunnel.beat = min(_tunnel.BEAT, told["timeout"] / _tunnel.BEATS)
+        self._tunnel.beat = _tunnel.beat(told["timeout"])
 
     @property
     def over(self) -> bool:
@@ -290,9 +301,13 @@ class Link:
             why = why or f"pod {pods.name(pod)} ended with exit code {exit.code}: {exit.log}"
             raise LaunchError(f"Kubernetes: {why}", final=not exit.infrastructure)
         trouble = pods.trouble_of(pod)
-        if trouble is not None and trouble.final:
-            text = errors.stuck(trouble, pods.name(pod), image, self._namespace)
-            raise LaunchError(f"Kubernetes: {text}", final=True)
+        if trouble is not None:
+            text = f"Kubernetes: {errors.stuck(trouble, pods.name(pod), image, self._namespace)}"
+            if trouble.final:
+                raise LaunchError(text, final=True)
+            if trouble.reason not in self._warned and waited > 1.0:
+                self._warned.add(trouble.reason)
+                _say({"warning": text})
 
     def _story(self, pod: dict[str, Any] | None) -> str:
         trouble = pods.trouble_of(pod) if pod is not None else None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +34,9 @@ class Driver:
     """A program on that host. It says and hears lines."""
 
     def __init__(self, host: str, code: str, folder: Path, space: str, kubeconfig: str, image: str) -> None:
+        self._folder = tempfile.mkdtemp(
+            prefix="fx", dir="/tmp"
+        )  # a hub that is killed leaves its own; sockets want short paths
         file = folder / "program.py"
         file.write_text(code)
         environ = {name: value for name, value in os.environ.items() if not name.startswith("FIBEREXEC_")}
@@ -40,6 +45,7 @@ class Driver:
             "PYTHONPATH": str(Path(fiberexec.__file__).parents[1]),
             "FIBEREXEC_BACKEND": "kubernetes",
             "FIBEREXEC_IMAGE": image,
+            "TMPDIR": self._folder,
             "FIBEREXEC_BACKEND_OPTIONS": json.dumps({"namespace": space}),
         }
         command = services.in_host(host, sys.executable, "-u", str(file))
@@ -115,6 +121,7 @@ class Driver:
                     stream.close()
                 except OSError:
                     pass
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 Outside = Callable[..., Driver]
@@ -212,7 +219,7 @@ def check_that_nothing_was_lost(driver: Driver, tasks: int) -> None:
 
 @pytest.mark.parametrize("how", ["drop", "cut", "reset"])
 def test_a_tunnel_that_is_broken_for_30_s_costs_nothing(how: str, outside: Outside, host: str) -> None:
-    driver = outside(WORK.format(tasks=100))
+    driver = outside(WORK.format(tasks=70))
     driver.says(0)
     rule = ["iptables", "-w", "10", "{}", "OUTPUT", *SERVER]
     if how == "reset":  # every connection to the server is refused
@@ -227,7 +234,7 @@ def test_a_tunnel_that_is_broken_for_30_s_costs_nothing(how: str, outside: Outsi
     else:
         network.link("restore", host)
         network.link("only", host, cluster.ADDRESS)
-    check_that_nothing_was_lost(driver, 100)
+    check_that_nothing_was_lost(driver, 70)
 
 
 def test_a_stream_that_breaks_again_and_again_costs_nothing(outside: Outside, host: str) -> None:
@@ -321,7 +328,7 @@ say(process.exitcode)
 FAILS = """
 from fiberexec import BrokenExecutor
 try:
-    with FiberExecutor(2, startup_timeout=60) as pool:
+    with FiberExecutor(2, startup_timeout=20) as pool:
         pool.submit(where).result()
 except BrokenExecutor as error:
     say(f"{error} {error.__cause__}")
@@ -330,7 +337,11 @@ except BrokenExecutor as error:
 
 @pytest.mark.parametrize(
     ("image", "expected"),
-    [("localhost:1/no/such:image", r"does not start: \w+Pull\w*: .*What to do: correct image="), ("bare", r"fiberexec")],
+    [
+        ("localhost:1/no/such:image", r"does not start: \w+Pull\w*: .*What to do: correct image="),
+        ("No/Name", r"does not start: InvalidImageName: .*What to do|is no name of an image"),
+        ("bare", r"fiberexec"),
+    ],
 )
 def test_an_outpost_that_cannot_start_says_why(image: str, expected: str, outside: Outside, own_space: str) -> None:
     driver = outside(FAILS, image=services.cluster_image(services.bare_image()) if image == "bare" else image)
