@@ -1,0 +1,111 @@
+"""What ``fiberexec run`` sends of the user's code, and where it is then."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from fiberexec._cli import run_base, run_code
+from fiberexec._errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("train.py", "pkg/__init__.py", "pkg/cli.py", "scripts/go.py", "scripts/data/x.csv", ".git/HEAD"):
+        (tmp_path / "proj" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proj" / name).write_text(name)
+    monkeypatch.chdir(tmp_path / "proj")
+    return tmp_path / "proj"
+
+
+def names(code: run_code.Code) -> list[str]:
+    return [name for _, name in code.files]
+
+
+@pytest.mark.parametrize(
+    "command, folder",
+    [
+        (("python", "train.py"), "."),
+        (("python3", "-u", "scripts/go.py", "train.py"), "scripts"),
+        (("./train.py",), "."),
+        (("python", "-m", "pkg.cli"), "."),
+        (("python", "-m", "http.server"), None),
+        (("python3", "/root/pi_estimation.py"), None),
+        (("python", "-c", "print()"), None),
+    ],
+)
+def test_the_folder_of_the_program_is_found(command: tuple[str, ...], folder: str | None) -> None:
+    found = run_code.program_folder(command)
+    assert (found and os.path.normpath(found)) == folder
+
+
+def test_what_is_sent_keeps_its_place_relative_to_the_working_folder(project: Path) -> None:
+    assert run_code.collect_code(["."]).folder == ""
+    assert "pkg/cli.py" in names(run_code.collect_code(["."]))
+    assert names(run_code.collect_code(["scripts"])) == ["scripts/data/x.csv", "scripts/go.py"]
+    os.chdir("scripts")
+    above = run_code.collect_code([".."])
+    assert above.folder == "scripts" and "train.py" in names(above)
+
+
+def test_what_version_control_keeps_is_not_sent() -> None:
+    assert not [name for name in names(run_code.collect_code(["."])) if ".git" in name]
+
+
+def test_a_folder_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"--ship: there is no file or folder .*nowhere"):
+        run_code.collect_code(["nowhere"])
+
+
+def test_whoever_the_program_runs_as_may_use_and_change_what_was_sent(project: Path) -> None:
+    (project / "train.py").chmod(0o700)
+    with run_code.packed(run_code.collect_code(["."]), b"{}") as file, tarfile.open(fileobj=file) as tar:
+        modes = {entry.name: entry.mode for entry in tar}
+    assert modes["fiberexec-run/code"] == modes["fiberexec-run/code/pkg"] == 0o777
+    assert modes["fiberexec-run/code/train.py"] == 0o777
+    assert modes["fiberexec-run/code/pkg/cli.py"] == 0o666
+    assert list(modes)[-1] == "fiberexec-run/run.json"  # the first process waits for it: all else must be there
+
+
+def test_a_file_gets_another_name_where_it_is_copied_to(tmp_path: Path) -> None:
+    with run_code.archive(run_code.tree("train.py", "train.py")) as file:
+        run_code.unpack(file, str(tmp_path), "other.py")
+    assert (tmp_path / "other.py").read_text() == "train.py"
+
+
+def test_a_folder_is_copied_whole(tmp_path: Path) -> None:
+    with run_code.archive(run_code.tree("scripts", "scripts")) as file:
+        run_code.unpack(file, str(tmp_path), "copy")
+    assert (tmp_path / "copy" / "data" / "x.csv").read_text() == "scripts/data/x.csv"
+
+
+def test_what_comes_from_a_job_cannot_be_put_elsewhere(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(mode="w", fileobj=buffer) as tar:
+        entry = tarfile.TarInfo("../escaped")
+        entry.size = 1
+        tar.addfile(entry, io.BytesIO(b"x"))
+    buffer.seek(0)
+    (tmp_path / "in").mkdir()
+    with pytest.raises(tarfile.TarError):
+        run_code.unpack(buffer, str(tmp_path / "in"))
+    assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.parametrize(
+    "command, stem",
+    [
+        (("python3", "/root/pi_estimation.py"), "pi-estimation"),
+        (("python", "-m", "My.Pkg"), "my-pkg"),
+        (("./run.sh",), "run-sh"),
+        (("python", "-c"), "program"),
+    ],
+)
+def test_a_program_is_called_after_what_it_runs(command: tuple[str, ...], stem: str) -> None:
+    name = run_base.default_name(command)
+    assert name.rpartition("-")[0] == stem
+    assert run_base.checked_name(name) == name

@@ -1,0 +1,194 @@
+"""``fiberexec run --backend docker``, with a real engine: a program in a container, its workers in others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from running import DEADLINE, EXAMPLES, Runner
+from services import bare_image, require_docker, worker_image
+
+WAITS = """
+import sys, time
+from fiberexec import FiberExecutor
+with FiberExecutor(2) as ex:
+    tasks = [ex.submit(time.sleep, 1000) for _ in range(2)]
+    while sum(worker.state == "busy" for worker in ex.workers()) < 2:
+        time.sleep(0.05)
+    print("up", flush=True)
+    tasks[0].result()
+"""
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    require_docker()
+    return worker_image(None, "docker>=7.1")
+
+
+@pytest.fixture
+def fx(tmp_path: Path, image: str) -> Iterator[Runner]:
+    runner = Runner(tmp_path, FIBEREXEC_IMAGE=image)
+    runner.program("waits.py", WAITS)
+    yield runner
+    for one in docker("ps", "-aq", "--filter", "label=fiberexec.role=driver", "--filter", "name=run-test-").split():
+        docker("rm", "-f", one)
+
+
+def run(*options: str) -> tuple[str, ...]:
+    return "run", "--backend", "docker", *options
+
+
+def docker(*arguments: str) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def family(name: str) -> list[str]:
+    """The containers of a program and of its workers."""
+    rows = docker("ps", "-a", "--format", '{{.Names}} {{.Label "fiberexec.driver"}}').splitlines()
+    return [row.split()[0] for row in rows if row.endswith(f"@{name}")]
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not holds():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.1)
+
+
+def test_the_program_runs_with_its_code_and_its_exit_code_comes_back(fx: Runner) -> None:
+    fx.program(
+        "sub/main.py", "import sys, helper; print(helper.text(), *sys.argv[1:]); print('err', file=sys.stderr); sys.exit(7)"
+    )
+    fx.program("sub/helper.py", "def text(): return open('sub/data.txt').read()")
+    fx.program("sub/data.txt", "data")
+    done = fx(*run("--name", "run-test-code", "--env", "A=1"), "python3", "sub/main.py", "x", code=7)
+    assert done.stdout == "data x\n"
+    assert "err\n" in done.stderr
+    assert not family("run-test-code")
+
+
+def test_the_same_table_as_locally(fx: Runner) -> None:
+    fx.program("code_metrics.py", (EXAMPLES / "code_metrics.py").read_text())
+    fx.program("subject/a.py", "def f(x):\n    return x if x else [y for y in x]\n" * 20)
+    fx.program("subject/b.py", (EXAMPLES / "code_metrics.py").read_text())
+    options = ("code_metrics.py", "--no-serial", "--workers", "2", "--path")
+    volume = ("--volume", "./subject:/subject:ro")  # of the program and of its workers
+    there = fx(*run("--name", "run-test-table", *volume), "python3", *options, "/subject", code=0).stdout
+    here = fx("run", "--backend", "local", sys.executable, *options, "subject", code=0).stdout
+    assert there.splitlines()[:-1] == here.splitlines()[:-1]
+    assert not family("run-test-table")
+
+
+def test_the_ancestors_command_works_with_a_dockerfile_like_the_ancestors(fx: Runner) -> None:
+    image = fx.env.pop("FIBEREXEC_IMAGE")
+    fx.program("examples/pi_estimation.py", PI)
+    fx.program("Dockerfile", f"FROM {image}\nADD examples/pi_estimation.py /root/pi_estimation.py\n")
+    fx.env["FIBEREXEC_BACKEND"] = "docker"
+    assert fx("run", "-a", "python3", "/root/pi_estimation.py", code=0).stdout.startswith("Pi is roughly 3.")
+
+
+KILLS = """
+import os
+for pid in filter(str.isdecimal, os.listdir("/proc")):
+    if open(f"/proc/{pid}/cmdline").read().startswith("python3\\0waits.py"):
+        os.kill(int(pid), 9)
+"""
+PI = """
+import random
+import fiberexec
+import fiberexec.mp
+
+@fiberexec.meta(cpu=1)
+def inside(p):
+    x, y = random.random(), random.random()
+    return x * x + y * y < 1
+
+def main():
+    NUM_SAMPLES = int(1e3)
+    pool = fiberexec.mp.Pool(processes=4)
+    count = sum(pool.map(inside, range(0, NUM_SAMPLES)))
+    print("Pi is roughly {}".format(4.0 * count / NUM_SAMPLES))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_only_the_program_has_the_engines_socket_and_nothing_secret_is_to_be_seen(fx: Runner) -> None:
+    command = fx.begin(*run("--name", "run-test-secret", "--env", "TOKEN=hush-hush"), "python3", "waits.py")
+    command.expect("up")
+    told = json.loads(docker("inspect", *family("run-test-secret")))
+    assert len(told) == 3
+    assert "hush-hush" not in json.dumps(told)
+    sockets = {each["Name"]: [m["Destination"] for m in each["Mounts"]] for each in told}
+    assert sockets.pop("/run-test-secret") == ["/var/run/docker.sock"]
+    assert set(map(tuple, sockets.values())) == {()}
+    for each in told:
+        assert each["HostConfig"]["CapDrop"] == ["ALL"]
+        assert "no-new-privileges" in each["HostConfig"]["SecurityOpt"]
+    command.interrupt()
+    assert command.process.wait(DEADLINE) == 130
+    command.close()
+    assert not family("run-test-secret")
+
+
+def test_a_program_that_is_killed_takes_its_workers_along(fx: Runner) -> None:
+    command = fx.begin(*run("--name", "run-test-killed"), "python3", "waits.py")
+    command.expect("up")
+    docker("exec", "run-test-killed", "python3", "-c", KILLS)
+    command.end(137)
+    assert not family("run-test-killed")
+
+
+def test_detach_attach_and_files(fx: Runner, tmp_path: Path) -> None:
+    assert fx(*run("--detach", "--name", "run-test-apart"), "python3", "waits.py", code=0).stdout == "run-test-apart\n"
+    until(lambda: "up" in fx("logs", "--backend", "docker", "run-test-apart", code=0).stdout)
+    (tmp_path / "in.txt").write_text("in")
+    fx("cp", "in.txt", "run-test-apart:", code=0)
+    fx("cp", "run-test-apart:in.txt", "out.txt", code=0)
+    assert (tmp_path / "out.txt").read_text() == "in"
+    fx("cp", "run-test-apart:.", "folder", code=0)
+    assert (tmp_path / "folder" / "waits.py").read_text() == WAITS
+    assert "no file or folder /fiberexec-run/code/nowhere" in fx("cp", "run-test-apart:nowhere", ".", code=1).stderr
+    assert "run-test-apart" in fx("ps", "--backend", "docker").stdout
+    again = fx.begin("attach", "--backend", "docker", "run-test-apart")
+    again.expect("up")
+    again.interrupt()
+    again.end(130)
+    assert not family("run-test-apart")
+
+
+def test_kill_ends_program_and_workers(fx: Runner) -> None:
+    command = fx.begin(*run("--name", "run-test-kill"), "python3", "waits.py")
+    command.expect("up")
+    fx("kill", "--backend", "docker", "run-test-kill", code=0)
+    until(lambda: not family("run-test-kill"))
+    command.process.wait(DEADLINE)
+    command.close()
+
+
+def test_more_memory_than_allowed_is_told(fx: Runner) -> None:
+    fx.program("hungry.py", "x = bytearray(400 << 20)")
+    done = fx(*run("--memory", "100", "--name", "run-test-memory"), "python3", "hungry.py", code=137)
+    assert "took more memory than it may" in done.stderr
+
+
+def test_what_an_image_lacks_is_said(fx: Runner) -> None:
+    fx.env["FIBEREXEC_IMAGE"] = bare_image()
+    done = fx(*run("--name", "run-test-bare"), "python3", "waits.py")
+    assert done.returncode == 1
+    assert "has no fiberexec" in done.stderr and "pip install" in done.stderr
+
+
+def test_a_name_that_is_taken_is_an_error(fx: Runner) -> None:
+    fx(*run("--detach", "--name", "run-test-twice"), "python3", "waits.py", code=0)
+    assert "already: give another --name" in fx(*run("--name", "run-test-twice"), "true", code=1).stderr
+    fx("kill", "--backend", "docker", "run-test-twice", code=0)
