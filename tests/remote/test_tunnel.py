@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -145,3 +148,38 @@ def test_a_hub_that_does_not_listen_ends_the_connection(ends: Ends) -> None:
     ends.inner._port = _free(1)[0]
     with socket.create_connection(("127.0.0.1", ends.agents), LIMIT) as client:
         assert client.recv(1) == b""
+
+
+def program(patience: float) -> subprocess.Popen[str]:
+    ports = map(str, _free(2))
+    command = [sys.executable, "-m", "fiberexec._tunnel", *ports, str(patience), "0.1"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_outer_end_ends_when_it_hears_nothing() -> None:
+    with program(0.5) as process:
+        _, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0 and errors == "fiberexec: nothing was heard of the driver for 0.5 seconds\n"
+
+
+def test_the_outer_end_ends_on_sigterm() -> None:
+    with program(LIMIT) as process:
+        while not _catches(process.pid, signal.SIGTERM):
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(LIMIT) == 0
+
+
+def _catches(pid: int, number: int) -> bool:
+    with open(f"/proc/{pid}/status") as file:
+        (mask,) = (line.split()[1] for line in file if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_agents_come_by_either_version_of_ip(host: str, ends: Ends) -> None:
+    if ":" in host and not os.path.exists("/proc/net/if_inet6"):
+        pytest.skip("this host has no IPv6")
+    with socket.create_connection((host, ends.agents), LIMIT) as client:
+        client.sendall(b"hello")
+        assert client.recv(5, socket.MSG_WAITALL) == b"hello"
