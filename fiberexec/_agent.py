@@ -37,7 +37,10 @@ from fiberexec._stream import ProtocolError
 from fiberexec.backends.base import Ended, JobEvent, Probed, Recalled, Refused, Started
 from fiberexec.backends.local import LocalBackend
 
-SILENCE = 3.0  # a silent connection is made again after this part of driver_timeout
+# A connection is made again when it was silent for this part of driver_timeout, or so many seconds: nng does not notice
+# every connection that was reset while it was busy. It waits longer each time that nobody answers.
+SILENCE = 3.0
+_LONGEST_SILENCE = 6.5
 _FOLDER = "fiberexec-job-"  # how the name of its folder begins
 _GRACE = 25.0  # seconds; who sends SIGTERM sends SIGKILL a little later
 _BULK = 1 << 15  # bytes of an answer, beyond which more are likely to follow
@@ -67,6 +70,7 @@ class Agent:
         self._called = self._answered = monotonic()  # when the connection was made, when the last answer came
         self._lease = monotonic()  # the hub has heard of this agent at this time, or later
         self._met = False  # it has answered once
+        self._patience = self._least_patience = min(self._timeout / SILENCE, _LONGEST_SILENCE)
         self._leave_at = float("inf")  # end, whatever runs
         self._running = 0  # workers
         self._link = self._dial()
@@ -126,7 +130,7 @@ class Agent:
 
     def _silent(self) -> float:
         """When the connection will have been silent for too long."""
-        return max(self._answered, self._called) + self._timeout / SILENCE
+        return max(self._answered, self._called) + self._patience
 
     def _follow_signals(self) -> None:
         wake, wakeup = os.pipe()
@@ -205,6 +209,7 @@ class Agent:
         self.unfollow(self._link.fileno())
         self._link.close()
         self._called = monotonic()
+        self._patience = min(2 * self._patience, self._timeout / SILENCE)
         self._link = self._dial()
         self._session.rewind()
 
@@ -226,6 +231,7 @@ class Agent:
             try:
                 packets = self._session.accept(answer)
                 self._answered = monotonic()
+                self._patience = self._least_patience
                 self._lease = max(self._lease, self._session.heard / 1e9)
                 self._met = True
                 for packet in packets:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fiberexec._link import Exchange, Listener
 
 BEATS = 10  # answers in driver_timeout, whatever there is to say
+LONGEST_PAUSE = 2.0  # seconds between them
 MARGIN = 5.0  # seconds beyond driver_timeout
 
 
@@ -46,6 +47,7 @@ class AgentLink:
         self._old_pipes: set[int] = set()
         self._heard = 0.0
         self._beaten = 0.0
+        self._looked = 0.0  # for what is overdue
         self._closed = False
         self.job: Any = None  # whose agent it is
         self.relays = Relays(self._push, switch.hub, self._opened)
@@ -118,15 +120,17 @@ class AgentLink:
         if self._closed:
             return
         now = monotonic()
-        pause = self._timeout / BEATS
+        pause = min(self._timeout / BEATS, LONGEST_PAUSE)
         if self._heard and now > self._heard + self._timeout + MARGIN:
             self._lost("its agent has not been heard of")
             return
         if self._parked and self._heard >= self._beaten:  # no more than one answer to an agent that says nothing
             assert self._session is not None
             self._beaten = now
-            if self._session.overdue():
-                self._session.rewind()
+            if now > self._looked + self._timeout / BEATS:
+                self._looked = now
+                if self._session.overdue():
+                    self._session.rewind()
             listener, exchange = self._parked.popleft()
             listener.answer(exchange, self._session.take())
         self._switch.hub.at(now + pause, Timer(self._beat))
