@@ -109,7 +109,7 @@ def _outage(error: BaseException, url: str) -> str:
     if "SSLError" in kinds:
         return (
             f"Docker: {where} and this machine do not trust each other: {words(error)}. What to do: see DOCKER_CERT_PATH and "
-            "DOCKER_TLS_VERIFY"
+            "DOCKER_TLS_VERIFY; REQUESTS_CA_BUNDLE, where it is set, counts instead of them"
         )
     if kinds & {"ReadTimeout", "ConnectTimeout", "ReadTimeoutError", "TimeoutError", "timeout"}:
         return (

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ def docker(*arguments: str) -> str:
 class Engine:
     """A Docker engine of the tests' own, with one image."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, arguments: tuple[str, ...] = ()) -> None:
         self.folder = folder
+        self._arguments = arguments
         self.url = f"unix://{folder}/docker.sock"
         self._bridge = f"fxd{os.getpid()}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -173,6 +175,7 @@ class Engine:
             *("--data-root", f"{self.folder}/d", "--exec-root", f"{self.folder}/e", "--shutdown-timeout", "2"),
             # Without a bridge of its own it would remove that of the machine's engine.
             *("--bridge", self._bridge, "--iptables=false", "--ip-masq=false", "--ip-forward=false"),
+            *self._arguments,
         )
         wait_until(self.answers, DEADLINE)
         assert self.answers(), (self.folder / "dockerd.log").read_text()[-2000:]
@@ -200,19 +203,26 @@ class Engine:
         self._ip("link", "del", self._bridge)
 
 
-@pytest.fixture(scope="module")
-def own_engine() -> Iterator[Engine]:
-    """An engine that may be stopped: nobody else uses it."""
+@contextmanager
+def bare_engine(*arguments: str) -> Iterator[Engine]:
+    """An engine of the tests' own that has the image of which services.bare_image() is the name."""
     image = services.bare_image()
     if os.geteuid() != 0 or not all(map(shutil.which, ("dockerd", "containerd"))):
         pytest.skip("only root can start a Docker engine of the tests' own, with dockerd and containerd")
-    engine = Engine(Path(tempfile.mkdtemp(prefix="fx", dir="/var/tmp")))  # overlayfs does not work on overlayfs
+    engine = Engine(Path(tempfile.mkdtemp(prefix="fx", dir="/var/tmp")), arguments)  # overlayfs does not work on overlayfs
     try:
         engine.up()
         engine.load(image)
         yield engine
     finally:
         engine.remove()
+
+
+@pytest.fixture(scope="module")
+def own_engine() -> Iterator[Engine]:
+    """An engine that may be stopped: nobody else uses it."""
+    with bare_engine() as engine:
+        yield engine
 
 
 def eventually(holds: Callable[[], bool], seconds: float = DEADLINE) -> None:
