@@ -9,7 +9,9 @@ import pytest
 from fiberexec.backends._kubernetes_pods import exit_of, has_ended, trouble_of
 
 
-def pod(phase: str = "Failed", code: int | None = 137, worker: str = "Error", disruption: str = "", **status: Any) -> dict[str, Any]:
+def pod(
+    phase: str = "Failed", code: int | None = 137, worker: str = "Error", disruption: str = "", **status: Any
+) -> dict[str, Any]:
     state = {} if code is None else {"terminated": {"exitCode": code, "reason": worker}}
     conditions = [{"type": "DisruptionTarget", "status": "True", "reason": disruption}] if disruption else []
     containers = [{"name": "worker", "state": state}]
@@ -20,7 +22,7 @@ def pod(phase: str = "Failed", code: int | None = 137, worker: str = "Error", di
     }
 
 
-@pytest.mark.parametrize("reason", ["PreemptionByScheduler", "DeletionByTaintManager", "EvictionByEvictionAPI", "DeletionByPodGC"])
+@pytest.mark.parametrize("reason", ["PreemptionByScheduler", "DeletionByTaintManager", "DeletionByPodGC"])
 def test_what_the_cluster_does_on_its_own_behalf_is_nobodys_fault(reason: str) -> None:
     exit = exit_of(pod(disruption=reason))
     assert exit.infrastructure and exit.reason == reason
@@ -29,7 +31,7 @@ def test_what_the_cluster_does_on_its_own_behalf_is_nobodys_fault(reason: str) -
 @pytest.mark.parametrize(
     ("found", "reason", "infrastructure"),
     [
-        (pod(disruption="TerminationByKubelet", reason="Evicted", message="The node was low on resource: memory"), "Evicted", False),
+        (pod(disruption="TerminationByKubelet", reason="Evicted", message="The node was low on memory"), "Evicted", False),
         (pod(disruption="TerminationByKubelet", reason="Terminated", message="node shutdown"), "Terminated", True),
         (pod(disruption="TerminationByKubelet", reason="Preempting", message="for a critical pod"), "Preempting", True),
         (pod(reason="DeadlineExceeded", message="active on the node longer than"), "DeadlineExceeded", False),
@@ -77,7 +79,8 @@ def test_a_pod_whose_node_is_silent_has_not_ended(phase: str) -> None:
 )
 def test_a_pull_that_may_yet_succeed_is_waited_for(message: str, final: bool) -> None:
     waiting = {"waiting": {"reason": "ErrImagePull", "message": message}}
-    found = {"metadata": {"name": "p"}, "status": {"phase": "Pending", "containerStatuses": [{"name": "worker", "state": waiting}]}}
+    status = {"phase": "Pending", "containerStatuses": [{"name": "worker", "state": waiting}]}
+    found = {"metadata": {"name": "p"}, "status": status}
     trouble = trouble_of(found)
     assert trouble is not None and (trouble.reason, trouble.final) == ("ErrImagePull", final)
 
