@@ -111,7 +111,10 @@ class Launcher:
                 except HubLost:
                     pass
 
-        threading.Thread(target=guarded, name="fiberexec-launcher-call", daemon=True).start()
+        try:
+            threading.Thread(target=guarded, name="fiberexec-launcher-call", daemon=True).start()
+        except RuntimeError:  # the interpreter is ending (it starts no thread then, from Python 3.12 on), or there are too many
+            guarded()
 
     def _start(self, job: str, told: tuple[str, dict[str, Any]]) -> None:
         try:
