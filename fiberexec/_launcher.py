@@ -113,7 +113,7 @@ class Launcher:
 
         try:
             threading.Thread(target=guarded, name="fiberexec-launcher-call", daemon=True).start()
-        except RuntimeError:  # the interpreter is ending (it starts no thread then, from Python 3.12 on), or there are too many
+        except RuntimeError:  # the interpreter is ending, and starts no thread then from Python 3.12 on
             guarded()
 
     def _start(self, job: str, told: tuple[str, dict[str, Any]]) -> None:
