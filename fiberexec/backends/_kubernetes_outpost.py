@@ -38,7 +38,7 @@ from fiberexec.backends._kubernetes_reader import Reader
 
 MARGIN = 10.0  # seconds beyond driver_timeout
 AGENTS, STREAM = 4711, 4712  # ports of the outpost's pod
-ROLE = "fiberexec.role"  # the label by which it is told from jobs
+ROLE = "fiberexec.role"  # the label by which it is told from workers' pods
 _TTL = 10  # seconds that a Job which has ended stays: its log may say why
 _CONNECT = 10.0  # seconds that the stream may take to be made
 _PATIENCE = 30.0  # seconds that the first one may take
@@ -183,8 +183,7 @@ def job(pod: dict[str, Any], timeout: float) -> dict[str, Any]:
     for name in ("volumes", "initContainers", "activeDeadlineSeconds", "hostNetwork", "resourceClaims"):
         spec.pop(name, None)
     spec |= {"containers": [container], "automountServiceAccountToken": False}
-    labels = {name: value for name, value in meta["labels"].items() if name != "fiberexec.job"}
-    labels[ROLE] = "outpost"
+    labels = {**meta["labels"], ROLE: "outpost"}
     stay = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
     return {
         "apiVersion": "batch/v1",

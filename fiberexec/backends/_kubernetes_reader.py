@@ -74,7 +74,7 @@ def described(pod: dict[str, Any]) -> dict[str, Any]:
     labels = {**meta["labels"], "fiberexec.driver": meta.get("annotations", {}).get("fiberexec.driver", "")}
     state = "terminating" if meta.get("deletionTimestamp") else str(pod["status"].get("phase", "")).lower()
     return {
-        "id": labels["fiberexec.job"],
+        "id": pods.name(pod) if labels.get("fiberexec.role") == "outpost" else labels["fiberexec.job"],
         "program": labels.get("fiberexec.program", ""),
         "state": state,
         "host": pods.node(pod),

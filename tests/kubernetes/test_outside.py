@@ -181,7 +181,7 @@ with FiberExecutor(2) as pool:
     assert driver.says(0)[1].startswith("fx-")
     assert driver.says(1) == [n * n for n in range(200)]
     assert driver.says(2) == 8 << 20
-    jobs = get("-n", own_space, "pods", "-l", "fiberexec.job")["items"]
+    jobs = get("-n", own_space, "pods", "-l", "fiberexec.job,fiberexec.role!=outpost")["items"]
     [outpost] = get("-n", own_space, "pods", "-l", "fiberexec.role=outpost")["items"]
     [owner] = get("-n", own_space, "jobs", "-l", "fiberexec.role=outpost")["items"]
     assert jobs and all(one["metadata"]["ownerReferences"][0]["uid"] == owner["metadata"]["uid"] for one in jobs)
