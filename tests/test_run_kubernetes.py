@@ -1,0 +1,175 @@
+"""``fiberexec run --backend kubernetes``, in a real cluster: a program as a Job, its workers as pods."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from running import DEADLINE, EXAMPLES, Runner
+from services import cluster, cluster_image, require_kubernetes, require_registry, worker_image
+
+pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
+
+WAITS = """
+import sys, time
+from fiberexec import FiberExecutor
+with FiberExecutor(2) as ex:
+    tasks = [ex.submit(time.sleep, 1000) for _ in range(2)]
+    while sum(worker.state == "busy" for worker in ex.workers()) < 2:
+        time.sleep(0.05)
+    print("up", flush=True)
+    tasks[0].result()
+"""
+PI = """
+import random
+import fiberexec
+import fiberexec.mp
+
+@fiberexec.meta(cpu=0.1)
+def inside(p):
+    x, y = random.random(), random.random()
+    return x * x + y * y < 1
+
+def main():
+    NUM_SAMPLES = int(1e3)
+    pool = fiberexec.mp.Pool(processes=4)
+    count = sum(pool.map(inside, range(0, NUM_SAMPLES)))
+    print("Pi is roughly {}".format(4.0 * count / NUM_SAMPLES))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def kubectl(*arguments: str, stdin: str | None = None) -> str:
+    command = [str(cluster.HERE / "bin" / "kubectl"), "--kubeconfig", require_kubernetes(), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, input=stdin)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    require_kubernetes()
+    return cluster_image(worker_image(None, "kubernetes"))
+
+
+@pytest.fixture
+def namespace(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own; with a parameter, one that enforces that Pod Security Standard."""
+    require_kubernetes()
+    name = f"fx-run-{os.getpid()}-{time.monotonic_ns() % 10**6}"
+    kubectl("create", "namespace", name)
+    try:
+        if level := getattr(request, "param", ""):
+            kubectl("label", "namespace", name, f"pod-security.kubernetes.io/enforce={level}")
+        yield name
+    finally:
+        kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def fx(tmp_path: Path, image: str, namespace: str) -> Runner:
+    runner = Runner(tmp_path, FIBEREXEC_IMAGE=image, KUBECONFIG=require_kubernetes(), FIBEREXEC_BACKEND="kubernetes")
+    runner.env["FIBEREXEC_BACKEND_OPTIONS"] = json.dumps({"namespace": namespace})
+    runner.program("waits.py", WAITS)
+    return runner
+
+
+def left(namespace: str) -> str:
+    """Pods, Jobs and Secrets that are there, and not about to go."""
+    found = json.loads(kubectl("-n", namespace, "get", "pods,jobs,secrets", "-o", "json"))["items"]
+    return " ".join(one["metadata"]["name"] for one in found)
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not holds():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.2)
+
+
+def test_the_program_runs_with_its_code_and_its_exit_code_comes_back(fx: Runner, namespace: str) -> None:
+    fx.program("sub/main.py", "import sys, helper; print(helper.text(), *sys.argv[1:], flush=True); sys.exit(7)")
+    fx.program("sub/helper.py", "def text(): return open('sub/data.txt').read()")
+    fx.program("sub/data.txt", "data")
+    done = fx("run", "python3", "sub/main.py", "x", code=7)
+    assert done.stdout == "data x\n"
+    assert "service account fiberexec is made" in done.stderr
+    until(lambda: not left(namespace))
+
+
+def test_all_that_a_program_writes_comes_whole_and_in_order(fx: Runner) -> None:
+    fx.program("much.py", "for n in range(30000): print(n, 'x' * 50)")
+    out = fx("run", "python3", "much.py", code=0).stdout
+    assert out.splitlines() == [f"{n} {'x' * 50}" for n in range(30000)]
+
+
+def test_the_same_answer_in_parallel_as_serially(fx: Runner, namespace: str) -> None:
+    fx.program("code_metrics.py", (EXAMPLES / "code_metrics.py").read_text())
+    done = fx("run", "python3", "code_metrics.py", "--limit", "60", "--workers", "2", code=0)
+    assert "the parallel and the serial answer are identical" in done.stdout
+    until(lambda: not left(namespace))
+
+
+def test_the_ancestors_command_works_with_a_dockerfile_like_the_ancestors(fx: Runner) -> None:
+    registry = require_registry().replace("127.0.0.1", "localhost")
+    image = fx.env.pop("FIBEREXEC_IMAGE")
+    fx.program("examples/pi_estimation.py", PI)
+    fx.program("Dockerfile", f"FROM {image}\nADD examples/pi_estimation.py /root/pi_estimation.py\n")
+    out = fx("run", "-a", "--registry", registry, "python3", "/root/pi_estimation.py", code=0).stdout
+    assert "Pi is roughly 3." in out
+
+
+def test_detach_attach_and_files_and_nothing_secret_is_to_be_seen(fx: Runner, namespace: str, tmp_path: Path) -> None:
+    fx("run", "--detach", "--name", "apart", "--env", "TOKEN=hush-hush", "python3", "waits.py", code=0)
+    until(lambda: "up" in fx("logs", "--backend", "kubernetes", "apart", code=0).stdout)
+    told = kubectl("-n", namespace, "get", "pods,jobs", "-o", "json")
+    assert len(json.loads(told)["items"]) == 4
+    assert "hush-hush" not in told
+    (tmp_path / "in.txt").write_text("in")
+    fx("cp", "in.txt", "apart:", code=0)
+    fx("cp", "apart:in.txt", "out.txt", code=0)
+    assert (tmp_path / "out.txt").read_text() == "in"
+    fx("cp", "apart:.", "folder", code=0)
+    assert (tmp_path / "folder" / "waits.py").read_text() == WAITS
+    assert "No such file" in fx("cp", "apart:nowhere", ".", code=1).stderr
+    again = fx.begin("attach", "--backend", "kubernetes", "apart")
+    again.expect("up")
+    again.interrupt()
+    again.end(130)
+    until(lambda: not left(namespace))
+
+
+def test_kill_ends_program_and_workers(fx: Runner, namespace: str) -> None:
+    command = fx.begin("run", "--name", "killed", "python3", "waits.py")
+    command.expect("up")
+    fx("kill", "--backend", "kubernetes", "killed", code=0)
+    command.end(137)
+    until(lambda: not left(namespace))
+
+
+@pytest.mark.parametrize("namespace", ["restricted"], indirect=True)
+def test_a_restricted_namespace_takes_what_has_a_user_and_says_so_of_what_has_none(fx: Runner, namespace: str) -> None:
+    refused = fx("run", "--name", "rooted", "python3", "-c", "print('no')", code=1)
+    assert "restricted Pod Security Standard" in refused.stderr and "USER 1000" in refused.stderr
+    fx.env["FIBEREXEC_BACKEND_OPTIONS"] = json.dumps({"namespace": namespace, "user": 1000})
+    fx.program("who.py", "import os; print(os.getuid())")
+    assert fx("run", "python3", "who.py", code=0).stdout == "1000\n"
+    until(lambda: not left(namespace))
+
+
+def test_without_an_image_or_a_registry_it_says_what_to_give(fx: Runner) -> None:
+    del fx.env["FIBEREXEC_IMAGE"]
+    assert "--registry says where" in fx("run", "python3", "waits.py", code=1).stderr
+
+
+def test_rights_can_be_applied_as_they_are_printed(fx: Runner, namespace: str) -> None:
+    kubectl("apply", "-f", "-", stdin=fx("rbac", "--namespace", namespace, "--service-account", "ours", code=0).stdout)
+    done = fx("run", "--service-account", "ours", "python3", "-c", "print('ran')", code=0)
+    assert done.stdout == "ran\n" and "is made" not in done.stderr
