@@ -22,6 +22,7 @@ class Known:
     def __init__(self) -> None:
         self.since = time.monotonic()
         self.image = ""
+        self.starting = False  # start() is at work
         self.started = False  # start() has succeeded: its end is to be reported
         self.unwanted = False  # nobody wants it any more
         self.deleted = False  # and the server has been told so
@@ -63,6 +64,11 @@ class Known:
     def waits(self) -> bool:
         """Whether it has neither started nor been given up."""
         return not (self._running or self.unwanted or self.gone)
+
+    @property
+    def owed(self) -> bool:
+        """Whether it has yet to be deleted."""
+        return self.unwanted and not (self.starting or self.deleted or self.gone)
 
     @property
     def lingers(self) -> bool:

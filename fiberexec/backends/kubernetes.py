@@ -125,6 +125,7 @@ class KubernetesBackend:
         """Create a pod, and its Secret. Raises LaunchError."""
         self._verdicts.check()
         known = Known()
+        known.starting = True
         with self._lock:
             self._jobs[job.id] = known
         creating = False
@@ -134,9 +135,9 @@ class KubernetesBackend:
                 creating = True
                 known.image = self._maker.make(job)
         except BaseException as error:
+            known.starting = False
             if creating and not (isinstance(error, ApiError) and error.status == 409):  # a pod of that name is not ours
-                known.unwanted = True
-                self._discard(job.id, known)
+                self.terminate([job.id])
             else:
                 with self._lock:
                     del self._jobs[job.id]
@@ -144,7 +145,8 @@ class KubernetesBackend:
                 raise self._failed(error, f"creating pod {job.id}") from error
             raise
         known.since = time.monotonic()
-        known.started = True
+        with self._lock:
+            known.starting, known.started = False, True
         self._queue.put(job.id)  # what has happened to it meanwhile
 
     def _watched(self, program: str) -> None:
@@ -158,23 +160,25 @@ class KubernetesBackend:
         self._answered = True
 
     def terminate(self, jobs: Sequence[str]) -> None:
-        """Delete pods; their Secrets go with them."""
+        """Delete pods; their Secrets go with them. One that is being created follows when it has been."""
         for job in jobs:
             with self._lock:
-                known = self._jobs.get(job) or Known()  # one that has ended
+                known = self._jobs.setdefault(job, Known())  # a new one: it has ended, and its object is left
                 known.unwanted = True
-            self._discard(job, known, 0.0 if self._closed else 5.0)
+                if known.starting:
+                    continue
+            self._discard(job, known)
+            self._queue.put(job)
 
-    def _discard(self, job: str, known: Known, patience: float = 0.0) -> None:
+    def _discard(self, job: str, known: Known) -> None:
         """Delete a pod; one that cannot be deleted now is deleted later, by watch()."""
         try:
             body = {"gracePeriodSeconds": _GRACE, "propagationPolicy": "Background"}
-            self._api.call("DELETE", self._reader.path("pods", job), body=body, patience=patience)
+            self._api.call("DELETE", self._reader.path("pods", job), body=body, patience=0.0)
             known.deleted = True
         except (ApiError, Setup) as error:
             if isinstance(error, ApiError) and error.status == 404:
                 known.gone = True
-                self._queue.put(job)
             else:
                 _logger.log(
                     logging.DEBUG if isinstance(error, ApiError) and error.passing else logging.WARNING,
@@ -238,14 +242,14 @@ class KubernetesBackend:
     def _look(self, now: float) -> list[JobEnded]:
         """See to what takes long: pods that must go, removed ones whose processes may live, and those that do not start."""
         with self._lock:
-            owed = [(job, known) for job, known in self._jobs.items() if known.unwanted and not (known.deleted or known.gone)]
+            owed = [(job, known) for job, known in self._jobs.items() if known.owed]
             lingering = [(job, known) for job, known in self._jobs.items() if known.lingers]
             waiting = [(job, known) for job, known in self._jobs.items() if known.waits and known.started]
         self._due = now + 0.5 if lingering else now + _LOOK if waiting or owed else None
         for job, known in owed:
             self._discard(job, known)
-            if not (known.deleted or known.gone):
-                break  # nor could the others be
+            if known.owed:
+                break  # nor could the others be deleted
         ended = [self._end(job, known) for job, known in lingering if known.over(_LINGER)]
         for job, known in waiting:
             trouble = known.trouble

@@ -233,18 +233,48 @@ def test_jobs_that_were_given_up_while_the_server_was_away_are_deleted_when_it_i
     assert list(fake.pods) == jobs[1:] and list(fake.secrets) == jobs[1:]
 
 
+def test_a_job_that_is_terminated_while_it_starts_ends(fake: Fake, one: Place) -> None:
+    arrived, go = threading.Event(), threading.Event()
+
+    def hold(method: str, path: str, query: dict[str, str]) -> None:
+        if method == "POST" and path.endswith("pods"):
+            arrived.set()
+            go.wait(SOON)
+
+    fake.before = hold
+    job = one.job(1, "")
+    starting = threading.Thread(target=one.backend.start, args=(job,))
+    starting.start()
+    assert arrived.wait(SOON)
+    one.backend.terminate([job.id])
+    go.set()
+    starting.join()
+    one.end(job.id, SOON)
+    assert not fake.pods
+
+
+def test_what_is_left_of_a_job_that_has_ended_is_deleted_when_the_server_lets_it(
+    fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_LOOK", 0.2)
+    job = one.start(1, "")
+    fake.end(job)
+    one.end(job, SOON)
+    fake.before = first(3, failure(503), "DELETE", "pods/")
+    one.backend.terminate([job])
+    eventually(lambda: not fake.pods and not one.backend._jobs, SOON)
+    assert fake.count("DELETE", "pods/") == 4 and len(one.ended) == 1
+
+
 def test_a_delete_that_is_refused_for_a_while_is_tried_again(
     fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "_LOOK", 0.2)
     job = one.start(1, "")
-    refused = first(1000, failure(503, "ServiceUnavailable"), "DELETE", "pods/")
-    fake.before = refused
-    threading.Timer(7.0, lambda: setattr(fake, "before", lambda *_: None)).start()
-    one.backend.terminate([job])  # gives up before that
-    assert fake.before is refused
-    one.end(job, 30)
-    assert not fake.pods
+    fake.before = first(5, failure(503, "ServiceUnavailable"), "DELETE", "pods/")
+    one.backend.terminate([job])
+    one.end(job, SOON)
+    assert fake.count("DELETE", "pods/") == 6 and not fake.pods
 
 
 # -- a server that is busy, or whose answers are lost
