@@ -226,7 +226,7 @@ class Chaos:
 
     def run(self) -> None:
         while not self.over.wait(self.every):
-            workers = [worker for worker in self.ex.workers() if worker.pid]
+            workers = [worker for worker in self.ex.workers() if worker.state in ("idle", "busy")]
             if workers and self.kill(self.random.choice(workers)):
                 self.killed += 1
 
