@@ -36,7 +36,7 @@ def once(path: str, then: str = "") -> int:
         file.write(f"{os.getpid()}\n")
     if len(Path(path).read_text().split()) == 1:
         if then == "kill agent":
-            os.kill(psutil.Process().parent().parent().pid, signal.SIGKILL)  # type: ignore[union-attr]
+            os.kill(psutil.Process().parent().parent().pid, signal.SIGKILL)
         time.sleep(60)
     return os.getpid()
 
@@ -143,7 +143,7 @@ def test_who_dies_with_others_in_one_job_is_a_suspect_and_the_culprit_alone_is_c
         while len(list(tmp_path.glob("here*"))) < 4:
             time.sleep(0.01)
         time.sleep(0.2)
-        os.kill(psutil.Process().parent().parent().pid, signal.SIGKILL)  # type: ignore[union-attr]
+        os.kill(psutil.Process().parent().parent().pid, signal.SIGKILL)
         time.sleep(60)
 
     executor = make(4, workers_per_job=4, max_worker_losses=2)

@@ -49,7 +49,7 @@ def test_an_agent_is_small_and_does_nothing_when_there_is_nothing_to_do(make: An
     assert max(used) <= 0.06, used
 
 
-def test_a_launch_that_fails_is_tried_again_and_one_that_is_final_is_not(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_fails_is_tried_again_unless_that_is_final(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     start, tried = AgentBackend.start, []
 
     def fails(backend: AgentBackend, job: Job) -> None:
@@ -86,7 +86,7 @@ def test_a_slow_start_holds_up_no_other(make: Any, monkeypatch: pytest.MonkeyPat
     go.set()
 
 
-def test_an_executor_that_ends_while_its_jobs_start_leaves_none(monkeypatch: pytest.MonkeyPatch, jobs: Any, until: Any) -> None:
+def test_an_executor_that_ends_while_its_jobs_start_leaves_none(jobs: Any, until: Any) -> None:
     for _ in range(3):
         began = time.monotonic()
         executor = FiberExecutor(3, backend="agents")

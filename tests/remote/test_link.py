@@ -255,7 +255,8 @@ def test_mutated_frames_after_the_handshake(
     future = make(1).submit(int)
     mine = until(lambda: jobs.started[1:])[0]
     session = Session(os.urandom(16))
-    valid = [message("ended", 1, (0, "", "", False), 0), message("started", 1, 2, "x"), joined(session), message("output", 1, b"x")]
+    said = [("ended", 1, (0, "", "", False), 0), ("started", 1, 2, "x"), ("output", 1, b"x")]
+    valid = [joined(session), *(message(*each) for each in said)]
     client = None
     for number in range(FRAMES):
         try:

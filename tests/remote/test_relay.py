@@ -6,7 +6,6 @@ import random
 import select
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -249,7 +248,7 @@ def packet(kind: int, data: bytes = b"", channel: int = 2) -> Packet:
     ids=["more than the window", "after the end", "of no kind", "credit without end"],
 )
 def test_what_breaks_the_rules_is_a_protocol_error(wire: Wire, wrong: list[Packet]) -> None:
-    left, _ = wire.channel()
+    wire.channel()
     fill_socket = bytes(1 << 16)
     try:
         while True:
