@@ -59,6 +59,7 @@ class Launcher:
         self._places: dict[str, _Place] = {}  # by settings
         self._jobs: dict[str, _Place] = {}  # that were started and have not ended
         self._wanted: set[str] = set()  # jobs that the hub has asked for, and not given up
+        self._preparing: set[str] = set()  # jobs for which the way to the hub is being made, which may take its time
         self._closed = False
         self._starts = threading.Semaphore(_AT_ONCE)
         self._others = threading.Semaphore(_AT_ONCE)  # they wait for no start
@@ -123,11 +124,18 @@ class Launcher:
             place = self._place(told)
             with self._lock:
                 self._jobs[job] = place
+            self._preparing.add(job)
+            try:
+                urls = self._urls(place, told)
+            finally:
+                self._preparing.discard(job)
+            if job not in self._wanted:
+                raise LaunchError("it was given up")
             certificate, key = self._authority.certificate(job)
             settings = place.settings
             credentials = {
                 "job": job,
-                "hub": self._urls(place, told),
+                "hub": urls,
                 "address": (self._hub.path, self._hub.token.hex()),
                 "server": SERVER,
                 "ca": self._authority.ca,
@@ -150,6 +158,9 @@ class Launcher:
             self._post("failed", job, text, final)
 
     def _terminate(self, job: str) -> None:
+        if job in self._preparing:
+            self._post("failed", job, "it was given up", False)
+            return  # _start() sees that nobody wants it
         place = self._jobs.get(job)
         if place is not None:
             place.backend.terminate([job])

@@ -67,15 +67,19 @@ class Way:
         self._told = context, timeout, patience
         self._lock = threading.Lock()  # guards _outpost: one is made, and the others wait for it
         self._outpost: Outpost | None = None
+        self._failed: tuple[float, LaunchError] | None = None  # the last attempt, and when it ended
         self._closed = False
 
     def reach(self, port: int, program: str) -> str:
         """Where agents dial. Raises ApiError, Setup and LaunchError."""
+        asked = time.monotonic()
         with self._lock:
             if self._outpost is None or not self._outpost.alive:
                 if self._closed:
                     raise LaunchError("the backend is closed", final=True)
                 self._verdicts.check()
+                if self._failed is not None and self._failed[0] > asked:
+                    raise self._failed[1]  # who has waited for that attempt has waited long enough
                 if self._outpost is not None:
                     self._outpost.close()
                     self._outpost = None
@@ -85,6 +89,7 @@ class Way:
                 try:
                     self._outpost = Outpost(body, self._reader.namespace(), port, *self._told)
                 except LaunchError as error:
+                    self._failed = time.monotonic(), error
                     if error.final:
                         self._verdicts.settle(str(error))
                     raise
@@ -114,7 +119,7 @@ class Outpost:
             "namespace": namespace,
             "port": port,
             "timeout": timeout,
-            "patience": patience,
+            "deadline": time.monotonic() + patience,  # the clock is the host's
             "parent": os.getpid(),
             "path": [folder for folder in sys.path if folder],
         }
@@ -264,7 +269,6 @@ class Link:
             if error.reason != "AlreadyExists":
                 raise
             found = self._api.call("GET", f"{self._jobs}/{self._name}")  # the answer to an earlier attempt was lost
-        deadline = time.monotonic() + self._told["patience"]
         since = time.monotonic()
         while True:
             pod = self._look()
@@ -274,7 +278,7 @@ class Link:
                 self._address = f"[{host}]:{AGENTS}" if ":" in host else f"{host}:{AGENTS}"
                 return found
             self._check(pod, time.monotonic() - since)
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._told["deadline"]:
                 raise LaunchError(f"Kubernetes: pod {self._name} did not start: {self._story(pod)}")
             if self.over:
                 raise Gone("it is not wanted any more")

@@ -265,7 +265,7 @@ def test_an_outpost_that_is_lost_is_replaced_and_the_work_moves_without_a_charge
     what: str, outside: Outside, own_space: str
 ) -> None:
     driver = outside("""
-with FiberExecutor(2, driver_timeout=15, max_worker_losses=1) as pool:
+with FiberExecutor(2, driver_timeout=15) as pool:
     futures = [pool.submit(where, 1.0, number) for number in range(20)]
     say(futures[0].result())
     say([future.result() for future in futures])
@@ -328,7 +328,7 @@ say(process.exitcode)
 FAILS = """
 from fiberexec import BrokenExecutor
 try:
-    with FiberExecutor(2, startup_timeout=20) as pool:
+    with FiberExecutor(2, startup_timeout=30) as pool:
         pool.submit(where).result()
 except BrokenExecutor as error:
     say(f"{error} {error.__cause__}")
@@ -346,6 +346,24 @@ except BrokenExecutor as error:
 def test_an_outpost_that_cannot_start_says_why(image: str, expected: str, outside: Outside, own_space: str) -> None:
     driver = outside(FAILS, image=services.cluster_image(services.bare_image()) if image == "bare" else image)
     assert re.search(expected, driver.says(0), re.DOTALL)
+    assert driver.end() == 0
+    eventually(lambda: left(own_space) == [])
+
+
+def test_who_gives_up_an_outpost_that_does_not_start_does_not_wait_for_it(outside: Outside, own_space: str) -> None:
+    driver = outside(
+        """
+pool = FiberExecutor(2)
+future = pool.submit(where)
+sys.stdin.readline()
+pool.shutdown(cancel_futures=True)
+say(future.cancelled())
+""",
+        image="localhost:1/no/such:image",
+    )
+    eventually(lambda: "ErrImagePull" in driver.errors)  # the warning
+    driver.tell()
+    assert driver.says(0, 20) is True
     assert driver.end() == 0
     eventually(lambda: left(own_space) == [])
 
