@@ -151,8 +151,8 @@ def test_a_slow_network_with_jitter_is_only_slow(proxy: Any, make: Any, tmp_path
 
 def test_connections_that_are_reset_all_the_time_cost_no_task_anything(proxy: Any, make: Any, tmp_path: Path) -> None:
     relay = proxy()
-    executor = make(2, max_worker_losses=1, driver_timeout=9)  # a third of it is how long a dead connection may go unnoticed
-    seconds = 60 if FULL else 5
+    executor = make(2, max_worker_losses=1, driver_timeout=6)  # a third of it is how long a dead connection may go unnoticed
+    seconds = 60 if FULL else 4
     done = threading.Event()
 
     def cut_often() -> None:
@@ -166,8 +166,8 @@ def test_connections_that_are_reset_all_the_time_cost_no_task_anything(proxy: An
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             futures.append(executor.submit(note, str(tmp_path), len(futures), 0.002))
-            time.sleep(0.003)
-        data = os.urandom((20 if FULL else 4) * MIB)
+            time.sleep(0.01)
+        data = os.urandom((20 if FULL else 1) * MIB)
         assert executor.submit(bytes, data).result(LIMIT) == data
         assert [future.result(LIMIT) for future in futures] == list(range(len(futures)))
     finally:
