@@ -13,6 +13,7 @@ import base64
 import json
 import os
 import posixpath
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from fiberexec.backends._kubernetes_reader import Reader
 _PAUSE = 0.5  # seconds between looks at a pod
 _AWAY = 120.0  # seconds that the API server may be away
 _STAMP = 30  # characters of a time before each line
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")
 
 
 class KubernetesPlace:
@@ -167,7 +169,7 @@ class KubernetesPlace:
         try:
             for line in lines(stream):
                 stamp = line[:_STAMP].decode("ascii", "replace")
-                if stamp > since:
+                if stamp > since and _TIME.match(stamp):  # what has none is the kubelet's own
                     yield stamp, line[_STAMP + 1 :] + b"\n"
         except ApiError:
             return  # follow() looks whether it has ended
