@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import random
 import threading
@@ -192,6 +193,16 @@ class Watch:
 
 _lock = threading.Lock()  # guards _watches
 _watches: dict[tuple[str | None, str, str], Watch] = {}
+
+
+def _in_child() -> None:
+    """A forked child has none of these threads."""
+    global _lock
+    _lock = threading.Lock()
+    _watches.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def acquire(context: str | None, namespace: str, program: str, into: queue.SimpleQueue[Any]) -> Watch:

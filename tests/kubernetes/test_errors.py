@@ -21,6 +21,7 @@ from fiberexec.backends.base import Job
 from .conftest import SLEEP, Place, apply, eventually, get, kubectl
 
 Make = Callable[..., Place]
+pytestmark = pytest.mark.timeout(300)  # images are built and given to the cluster, and pods come as they come
 
 
 def refused(one: Place, number: int = 1) -> LaunchError:

@@ -12,6 +12,7 @@ from fiberexec.backends._kubernetes_errors import role
 
 from .conftest import apply, eventually, get, kubectl
 
+pytestmark = pytest.mark.timeout(300)  # images are built and given to the cluster, and pods come as they come
 RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 PERSON = {"runAsNonRoot": True, "runAsUser": 4321, "seccompProfile": {"type": "RuntimeDefault"}}
 HEAD = """
@@ -98,7 +99,7 @@ time.sleep(600)
 """
     name = driver(code.replace("DYING", str(how == "it is killed")), after=600)  # its pod lives on
     eventually(lambda: phase(own_space, name) != "Pending" and "running" in kubectl("-n", own_space, "logs", name))
-    assert others(own_space)
+    assert how == "it is killed" or others(own_space)  # a janitor is quick
     if how != "it is killed":
         kubectl("-n", own_space, "delete", "pod", name, "--grace-period=0", "--force")
     eventually(lambda: others(own_space) == [], 100)

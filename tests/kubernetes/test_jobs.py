@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from fiberexec.backends.base import Job, JobBackend
 from .conftest import SLEEP, Place, apply, eventually, get, kubectl
 
 Make = Callable[..., Place]
+pytestmark = pytest.mark.timeout(300)  # images are built and given to the cluster, and pods come as they come
 SECRET = b"no-one-may-read-this"
 
 
@@ -236,6 +238,23 @@ def test_what_options_say_beats_the_template_and_ours_beats_both(place: Make, sp
     assert {"name": "TEAM", "value": "red"} in container["env"]
     assert container["resources"]["limits"] == {"cpu": "100m", "memory": str(100 << 20)}
     assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_tasks_survive_pods_that_are_deleted_and_none_is_charged(place: Make, space: str) -> None:
+    place()  # sets KUBECONFIG
+    image = services.cluster_image(services.worker_image())
+    options = {"namespace": space, "advertise_address": cluster.ADDRESS, "labels": {"test": "survive"}}
+    with FiberExecutor(3, backend="kubernetes", image=image, max_worker_losses=1, backend_options=options) as executor:
+        squares = [f"sleep 0.2; echo {number * number}" for number in range(200)]
+        futures = [executor.submit(subprocess.check_output, ["sh", "-c", text]) for text in squares]
+        for grace in (0, 1, 0):
+            futures[sum(future.done() for future in futures[:-5]) + 4].result(60)
+            found = get("-n", space, "pods", "-l", "test=survive", "--field-selector=status.phase=Running")["items"]
+            if found:
+                force = ["--force"] if not grace else []
+                name = found[0]["metadata"]["name"]
+                kubectl("-n", space, "delete", "pod", name, f"--grace-period={grace}", "--wait=false", *force)
+        assert [int(future.result(100)) for future in futures] == [number * number for number in range(200)]
 
 
 def test_ten_pods_come_up_at_once_and_each_end_is_told_once(place: Make) -> None:
