@@ -325,5 +325,5 @@ def test_an_allocation_of_slurm_is_never_silently_local(monkeypatch: pytest.Monk
     from fiberexec import FiberExecutor
 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.raises(ConfigError, match="slurm.*backend='local'"):
+    with pytest.raises(ConfigError, match=r"slurm.*backend='local'"):
         FiberExecutor()

@@ -77,4 +77,5 @@ def test_a_random_job_is_killed_every_second(
     for path in tmp_path.iterdir():
         runs = path.read_text().count("b")
         assert "e" in path.read_text() and runs <= 1 + len(killed)
-    print(f"{count} tasks, {len(killed)} jobs killed, {sum(p.stat().st_size for p in tmp_path.iterdir()) - 2 * count} more runs")
+    more = sum(path.stat().st_size for path in tmp_path.iterdir()) - 2 * count
+    print(f"{count} tasks, {len(killed)} jobs killed, {more} more runs")
