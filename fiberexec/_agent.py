@@ -103,7 +103,8 @@ class Agent:
             self._speak()
             self._watch_backend()
             ready = self._poll.poll(1000 * max(0.0, self._wakeup() - monotonic()))
-            for fd, events in sorted(ready, key=lambda each: each[0] not in self._pipes):  # what a task printed, then its result
+            # What a task printed comes before its result.
+            for fd, events in sorted(ready, key=lambda each: each[0] not in self._pipes):
                 call = self._calls.get(fd)
                 if call is not None:
                     call(events)
@@ -307,7 +308,8 @@ class Agent:
         if self._met:
             self._report(f"nothing was heard of the hub for {self._timeout:g} seconds: the driver, or the way to it, has gone")
             return ABANDONED
-        self._report(f"the hub at {', '.join(self._credentials['hub'])} cannot be reached: {_diagnose(self._credentials['hub'])}")
+        urls = self._credentials["hub"]
+        self._report(f"the hub at {', '.join(urls)} cannot be reached: {_diagnose(urls)}")
         return UNREACHABLE
 
     def _report(self, text: str) -> None:
@@ -341,7 +343,10 @@ def _diagnose(urls: list[str]) -> str:
     found = [f"{url}: {why}" for url in urls if (why := _probe(url))]
     if found:
         return "; ".join(found) + "; is there a route from this job to the driver's host, and no firewall between them?"
-    return "it does not accept this job's certificate: the program that started it has gone, or this host's clock is wrong by years"
+    return (
+        "it does not accept this job's certificate: the program that started it has gone, "
+        "or this host's clock is years off"
+    )
 
 
 def _private(path: str, flags: int) -> int:

@@ -215,7 +215,7 @@ class Launcher:
 
 
 def _sweep(backend: JobBackend) -> None:
-    """Remove what is left of programs of this host that were killed together with their hub: all their jobs have ended since."""
+    """Remove what is left of programs of this host that were killed together with their hub: their jobs have ended since."""
     left: dict[str, bool] = {}  # by program
     try:
         for job in backend.list():

@@ -18,7 +18,20 @@ from fiberexec._errors import ConfigError, HubLost, LaunchError
 from fiberexec._hub import client, launch
 from fiberexec._hub.wire import HUB
 from fiberexec._stream import ProtocolError
-from fiberexec.backends.base import Cell, Ended, Exit, JobBackend, JobEvent, Leaving, Pool, Probed, Recalled, Refused, Resources, Started
+from fiberexec.backends.base import (
+    Cell,
+    Ended,
+    Exit,
+    JobBackend,
+    JobEvent,
+    Leaving,
+    Pool,
+    Probed,
+    Recalled,
+    Refused,
+    Resources,
+    Started,
+)
 
 _CLOSE_TIMEOUT = 60.0  # seconds that the ends of all jobs may take
 
@@ -178,7 +191,8 @@ class RemoteBackend:
 
     def _hub_gone(self, error: BaseException) -> None:
         """Nothing can be had any more, and what runs cannot be heard of."""
-        self._lost = HubLost(f"the hub of this program has gone, and with it the way to all workers ({error!r}); start it again")
+        text = "the hub of this program has gone, and with it the way to all workers"
+        self._lost = HubLost(f"{text} ({error!r}); start the program again")
         self._close_events()
         for worker, started in list(self._workers.items()):
             if started:

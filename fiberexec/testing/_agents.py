@@ -68,7 +68,13 @@ class AgentBackend:
         try:
             with open(folder / "output", "wb") as output:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=folder, env=environ, start_new_session=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    cwd=folder,
+                    env=environ,
+                    start_new_session=True,
                 )
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
