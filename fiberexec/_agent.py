@@ -70,7 +70,8 @@ class Agent:
         self._called = self._answered = monotonic()  # when the connection was made, when the last answer came
         self._lease = monotonic()  # the hub has heard of this agent at this time, or later
         self._met = False  # it has answered once
-        self._patience = self._least_patience = min(self._timeout / SILENCE, _LONGEST_SILENCE)
+        self._least_patience: float = min(self._timeout / SILENCE, _LONGEST_SILENCE)
+        self._patience = self._least_patience
         self._leave_at = float("inf")  # end, whatever runs
         self._running = 0  # workers
         self._link = self._dial()
