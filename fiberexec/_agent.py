@@ -71,7 +71,7 @@ class Agent:
         self._lease = monotonic()  # the hub has heard of this agent at this time, or later
         self._met = False  # it has answered once
         self._least_patience: float = min(self._timeout / SILENCE, _LONGEST_SILENCE)
-        self._patience = self._least_patience
+        self._patience: float = self._least_patience
         self._leave_at = float("inf")  # end, whatever runs
         self._running = 0  # workers
         self._link = self._dial()
