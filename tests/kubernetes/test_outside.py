@@ -328,7 +328,7 @@ say(process.exitcode)
 FAILS = """
 from fiberexec import BrokenExecutor
 try:
-    with FiberExecutor(2, startup_timeout=30) as pool:
+    with FiberExecutor(2, startup_timeout=15) as pool:
         pool.submit(where).result()
 except BrokenExecutor as error:
     say(f"{error} {error.__cause__}")
