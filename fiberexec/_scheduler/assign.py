@@ -5,8 +5,9 @@
 - Cheap tasks travel in batches, as many as ``limits.ahead`` seconds of measured work allow, but never more than a fair
   share of what waits, so that the workers finish together. Where that is too little to be worth a message, a worker
   gets what is, and others nothing.
-- A busy worker is sent more when half of that is done, and only when no worker is idle. That is not done for each new
-  task, but when a worker has replied: what was submitted meanwhile travels together.
+- A busy worker is sent more of what needs the same resources when half of that is done, and only when no worker is idle, and
+  nothing that came before waits for one. That is not done for each new task, but when a worker has replied: what was
+  submitted meanwhile travels together.
 - Lanes are served by priority, then by who came first. A task that waits for resources keeps tasks of later lanes from
   taking the same kind; a suspect that waits for an empty job has one kept free for it.
 """
@@ -45,12 +46,13 @@ def assign(queue: Queue, fleet: Fleet, limits: Limits, top_up: bool) -> list[Sen
                 sends.append(_send_alone(queue, fleet, lane, task, worker))
             else:
                 if worker is None and top_up:
-                    worker = fleet.hungry_worker()
+                    worker = fleet.hungry_worker(task)
                 if worker is None:
                     break
                 sends.append(_send_batch(queue, fleet, lane, worker, limits))
         if task is None:
             continue
+        top_up = False  # who came later must not keep workers from becoming idle for this one
         if lane.alone:
             suspects = True
             fleet.reserve_job()
@@ -68,8 +70,8 @@ def _uses(demand: Resources, blocked: Resources) -> bool:
 
 def _goes_alone(task: Task, limits: Limits) -> bool:
     profile = task.profile
-    cost = profile.cost
-    return cost is None or cost > limits.long or profile.demand is not None or task.alone
+    cost, demand = profile.cost, profile.demand
+    return cost is None or cost > limits.long or task.alone or (demand is not None and demand.gpu > 0)
 
 
 def _send_alone(queue: Queue, fleet: Fleet, lane: Lane, task: Task, worker: WorkerRecord) -> Send:

@@ -60,10 +60,10 @@ class Fleet:
                 return worker
         return None
 
-    def hungry_worker(self) -> WorkerRecord | None:
-        """A busy worker that more may be sent to."""
+    def hungry_worker(self, task: Task) -> WorkerRecord | None:
+        """A busy worker that more may be sent to: what is promised to it is what the task needs."""
         for worker in reversed(self.hungry.values()):  # the first would have to be looked for behind those that have left
-            if worker.job not in self._closed_jobs:
+            if worker.job not in self._closed_jobs and worker.held == task.profile.demand:
                 return worker
         return None
 
