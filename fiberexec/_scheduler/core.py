@@ -313,7 +313,7 @@ class Scheduler:
         verdict = sort_out(worker, event.running, event.exit, by_itself)
         for task in verdict.suspects:
             task.alone = True
-        if before in (STOPPING, DRAINING):
+        if before is STOPPING:
             self._requeue([*verdict.charged, *verdict.suspects, *verdict.free], "free")
             return
         if before is STARTING:

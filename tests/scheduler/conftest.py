@@ -92,7 +92,7 @@ def check_worker(worker: WorkerRecord, scheduler: Any) -> None:
     assert worker.backlog > -1e-6
     assert worker.quota is None or worker.quota >= 0
     if worker.inflight and scheduler.broken is None:
-        assert worker.occupied and worker.state in (BUSY, STOPPING)
+        assert worker.occupied and worker.state in (BUSY, DRAINING, STOPPING)
     if worker.solo and worker.occupied and worker.alone:
         assert worker.items <= 1, "a suspect has company"
 

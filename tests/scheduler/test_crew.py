@@ -259,3 +259,40 @@ def test_a_worker_that_has_finished_is_idle(simulate: Make) -> None:
     sim.submit(sim.profile(), 500)
     sim.run()
     assert {worker.state for worker in sim.scheduler.fleet.workers.values()} == {IDLE}
+
+
+def test_a_worker_whose_host_is_taken_away_finishes_its_item_and_gets_no_other(simulate: Make) -> None:
+    sim = simulate(2, work=lambda item, attempt: Attempt(1.0))
+    sim.submit(sim.profile(max_losses=1), 6)
+    sim.run(until=0.5)
+    leaving = next(iter(sim.workers))
+    sim.tell(ev.WorkerLeaving(leaving))
+    sim.run(until=1.4)
+    assert leaving not in sim.workers, "it ended when its item was done"
+    sim.run()
+    assert set(sim.outcomes.values()) == {"value"} and len(sim.outcomes) == 6
+    assert max(sim.attempts.values()) == 1 and sim.scheduler.lost == 0
+
+
+def test_what_a_leaving_worker_has_not_begun_moves_for_free(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: Attempt(5.0) if item == 30 else Attempt(0.00002))
+    sim.submit(sim.profile(max_losses=1), 60)
+    sim.run(until=1.0)
+    (leaving,) = sim.workers
+    sim.tell(ev.WorkerLeaving(leaving))
+    sim.run(until=4.0)
+    assert len(sim.outcomes) == 29 and leaving in sim.workers
+    sim.run(until=6.0)
+    assert leaving not in sim.workers and set(sim.outcomes.values()) == {"value"} and len(sim.outcomes) == 60
+    assert max(sim.attempts.values()) == 1
+
+
+def test_what_a_leaving_worker_did_not_finish_is_charged_as_a_loss_of_the_infrastructure(simulate: Make) -> None:
+    sim = simulate(1, work=lambda item, attempt: Attempt(5.0))
+    sim.submit(sim.profile(max_losses=1), 1)
+    sim.run(until=1.0)
+    (leaving,) = sim.workers
+    sim.tell(ev.WorkerLeaving(leaving))
+    sim.kill(leaving, Exit(None, "node drained", infrastructure=True))
+    sim.run()
+    assert sim.outcomes == {1: "lost"}, "it is not to run twice"

@@ -211,6 +211,11 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sim.workers)
     @rule(index=st.integers(0, 1000))
+    def leave(self, index: int) -> None:
+        self.sim.tell(ev.WorkerLeaving(list(self.sim.workers)[index % len(self.sim.workers)]))
+
+    @precondition(lambda self: self.sim.workers)
+    @rule(index=st.integers(0, 1000))
     def flush(self, index: int) -> None:
         self.sim._flush(list(self.sim.workers.values())[index % len(self.sim.workers)])
 
