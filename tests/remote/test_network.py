@@ -58,6 +58,8 @@ class Proxy:
                 near.close()
                 return
             far = socket.create_connection(self.target)
+            for end in (near, far):  # only what it is told to delay is to be late
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._pairs.append((near, far))
             for source, sink in ((near, far), (far, near)):
                 waiting: queue.Queue[tuple[float, bytes]] = queue.Queue(1000)
