@@ -72,6 +72,7 @@ class Agent:
         self._met = False  # it has answered once
         self._least_patience: float = min(self._timeout / SILENCE, _LONGEST_SILENCE)
         self._patience: float = self._least_patience
+        self._look_at = monotonic() + self._least_patience  # whether what was said has arrived
         self._leave_at = float("inf")  # end, whatever runs
         self._running = 0  # workers
         self._link = self._dial()
@@ -115,6 +116,10 @@ class Agent:
                 return self._give_up()
             if monotonic() > self._silent():
                 self._redial()
+            if monotonic() > self._look_at:
+                self._look_at = monotonic() + self._least_patience
+                if self._session.overdue():  # requests may get lost while others are answered
+                    self._session.rewind()
             if monotonic() > self._leave_at or (self._leaving and not self._running and not self._session.backlog):
                 return LEFT
         return 0

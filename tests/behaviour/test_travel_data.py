@@ -121,7 +121,9 @@ def test_a_module_of_the_users_that_appears_late_is_found(executor: FiberExecuto
     assert executor.submit(module.value).result(LIMIT) == "late"
 
 
-def test_a_module_that_is_edited_and_reloaded_is_new_in_the_workers(make_executor: Make, package: Any) -> None:
+def test_a_module_that_is_edited_and_reloaded_is_new_in_the_workers(backend: str, make_executor: Make, package: Any) -> None:
+    if backend != "local":
+        pytest.skip("a job keeps the version of a module that it got first: docs/code-on-hosts.md")
     executor = make_executor(1)
     module = package("fiber_test_edited", "def value(): return 'one'\n")
     assert executor.submit(module.value).result(LIMIT) == "one"
@@ -131,7 +133,9 @@ def test_a_module_that_is_edited_and_reloaded_is_new_in_the_workers(make_executo
         assert list(executor.map(lambda _, used=module: used.value(), range(3))) == [text] * 3
 
 
-def test_what_an_edited_module_is_used_by_is_new_too(make_executor: Make, package: Any) -> None:
+def test_what_an_edited_module_is_used_by_is_new_too(backend: str, make_executor: Make, package: Any) -> None:
+    if backend != "local":
+        pytest.skip("a job keeps the version of a module that it got first: docs/code-on-hosts.md")
     executor = make_executor(1)
     package("fiber_test_inner", "def value(): return 'one'\n")
     outer = package("fiber_test_outer", "import fiber_test_inner\ndef value(): return fiber_test_inner.value()\n")

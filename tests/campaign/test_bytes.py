@@ -160,6 +160,7 @@ class Garbler:
     largest = base.Pool("nowhere", base.Resources(1.0, 1 << 30, 0))
     default_workers = 1
     idle_timeout = None
+    same_host = True
 
     def __init__(self, answer: Callable[[int], bytes | None]) -> None:
         self._answer = answer  # None: the right one
