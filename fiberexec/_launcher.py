@@ -168,8 +168,10 @@ class Launcher:
     def _code(self, request: int, name: str) -> None:
         from fiberexec import _bundle
 
-        found = _bundle.bundle(name)
-        digest, archive = found if found is not None else ("", b"")
+        try:
+            digest, archive = _bundle.bundle(name) or ("", b"")
+        except Exception as error:  # a defect; the worker must not wait for ever
+            digest, archive = "", f"the driver could not pack it: {error!r}".encode()
         client.call("answer", self.id, request, digest, buffers=(archive,), hub=self._hub)
 
     def _ended(self, found: list[JobEnded]) -> None:

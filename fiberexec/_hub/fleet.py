@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fiberexec._hub.peers import Peer, Process
     from fiberexec._hub.server import Hub
 
+_CODE = 60.0  # seconds that the driver has to pack a module
 _LOOK = 1.0  # seconds that agents have to say what their workers do
 
 
@@ -73,14 +74,14 @@ class Launcher(Shared):
     def do_answer(self, peer: Peer, request: int, digest: str) -> None:
         """The code that was asked for, as the frame's first buffer; with an empty digest, why it is not sent."""
         asking = self._asking.pop(request, None)
-        if asking is not None:
+        if asking is not None and not asking.done:
             asking.leave()
             asking.peer.reply(digest, peer.buffers)
 
     def ask_code(self, peer: Peer, name: str) -> Any:
         """Ask for the code of a top-level module; the answer goes to this peer."""
         request = next(self._numbers)
-        self._asking[request] = Wait(peer, OrderedDict(), None)
+        self._asking[request] = _Asked(peer, OrderedDict(), _CODE)
         self.tell("code", request, name)
         return PARKED
 
@@ -107,6 +108,16 @@ class Launcher(Shared):
                 wait.finish(None)
         self.hub.clean(self.program, self.remains)
         self.remains = []
+
+
+class _Asked(Wait):
+    """A process in a job waits for code."""
+
+    __slots__ = ()
+
+    def due(self) -> None:
+        self.leave()
+        self.peer.reply("", [f"the driver has not answered for {_CODE:g} seconds".encode()])
 
 
 class _Look(Wait):
