@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import services
 
 from fiberexec import mp
 from fiberexec._hub import launch
@@ -32,7 +36,7 @@ EVERYWHERE = {
     "test_pool", "test_pool_faults", "test_pool_life", "test_process", "test_process_family", "test_queues", "test_ring",
     "test_sharedctypes", "test_synchronize",
 }  # fmt: skip
-BACKENDS = ["local", "agents"]
+BACKENDS = ["local", "agents", *os.environ.get("TEST_MP_BACKENDS", "").split()]  # "docker" takes a quarter of an hour more
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,6 +51,11 @@ def backend(request: pytest.FixtureRequest, no_settings: None, monkeypatch: pyte
     name: str = getattr(request, "param", "local")
     if name != "local":
         monkeypatch.setenv("FIBEREXEC_BACKEND", name)
+    if name == "docker":
+        folder = tempfile.gettempdir()  # where tests and their processes meet
+        options = {"volumes": {folder: {"bind": folder, "mode": "rw"}}, "user": str(os.getuid())}
+        monkeypatch.setenv("FIBEREXEC_IMAGE", services.worker_image(None, "numpy", "psutil", "pytest"))
+        monkeypatch.setenv("FIBEREXEC_BACKEND_OPTIONS", json.dumps(options))
     return name
 
 
