@@ -464,7 +464,7 @@ def test_the_error_names_the_module_the_image_and_the_line_to_add(src: Path, tmp
         """
         for name in "_pytest", "fast_pkg", "not_there":
             finder._missing.pop(name, None)
-            sys.path[:] = [p for p in sys.path if "site-packages" not in p]
+            sys.path[:] = [p for p in sys.path if p and "site-packages" not in p]
             try:
                 __import__(name)
             except ModuleNotFoundError as error:
