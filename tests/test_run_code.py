@@ -34,7 +34,7 @@ def names(code: run_code.Code) -> list[str]:
         (("./train.py",), "."),
         (("python", "-m", "pkg.cli"), "."),
         (("python", "-m", "http.server"), None),
-        (("python3", "/root/pi_estimation.py"), None),
+        (("python3", "/app/pi_estimation.py"), None),
         (("python", "-c", "print()"), None),
     ],
 )
@@ -99,7 +99,7 @@ def test_what_comes_from_a_job_cannot_be_put_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command, stem",
     [
-        (("python3", "/root/pi_estimation.py"), "pi-estimation"),
+        (("python3", "/app/pi_estimation.py"), "pi-estimation"),
         (("python", "-m", "My.Pkg"), "my-pkg"),
         (("./run.sh",), "run-sh"),
         (("python", "-c"), "program"),

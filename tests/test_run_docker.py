@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import subprocess
 import sys
 import time
@@ -92,9 +94,10 @@ def test_the_same_table_as_locally(fx: Runner) -> None:
 def test_the_ancestors_command_works_with_a_dockerfile_like_the_ancestors(fx: Runner) -> None:
     image = fx.env.pop("FIBEREXEC_IMAGE")
     fx.program("examples/pi_estimation.py", PI)
-    fx.program("Dockerfile", f"FROM {image}\nADD examples/pi_estimation.py /root/pi_estimation.py\n")
+    program = os.path.join(pwd.getpwuid(0).pw_dir, "pi_estimation.py")  # where the ancestor's is, in the home of root
+    fx.program("Dockerfile", f"FROM {image}\nADD examples/pi_estimation.py {program}\n")
     fx.env["FIBEREXEC_BACKEND"] = "docker"
-    assert fx("run", "-a", "python3", "/root/pi_estimation.py", code=0).stdout.startswith("Pi is roughly 3.")
+    assert fx("run", "-a", "python3", program, code=0).stdout.startswith("Pi is roughly 3.")
 
 
 KILLS = """

@@ -30,6 +30,7 @@ from fiberexec.backends import _docker_options as options
 from fiberexec.backends import _images
 from fiberexec.backends._docker_engine import Engine, remove, sdk
 from fiberexec.backends._docker_images import Images
+from fiberexec.backends._image_errors import verdict
 
 SOCKET = "/var/run/docker.sock"
 _FOLDER = f"/{run_code.HOME}"
@@ -152,7 +153,7 @@ class DockerPlace:
         log = b"".join(self._last.values()).decode("utf-8", "replace")
         if code == 1 and "No module named" in log and ("fiberexec" in log or "pynng" in log):
             image = str(self._engine.client().api.inspect_container(name)["Config"]["Image"])
-            return Fate(code, errors.verdict(image, log, self._python))
+            return Fate(code, verdict(image, log, self._python))
         return Fate(code)
 
     def lines(self, name: str, follow: bool) -> Iterator[str]:

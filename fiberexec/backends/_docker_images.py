@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from fiberexec._errors import ConfigError, LaunchError
-from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _images
 from fiberexec.backends._docker_options import Options
+from fiberexec.backends._image_errors import quoted, verdict
 
 EARLY = 10.0  # seconds: a container that ends by itself before may be one that cannot work
 _PROOFS = 3  # so many early ends, and none that lived longer, prove it
@@ -116,7 +116,7 @@ class Images:
         """
         if not 0 < code < 128 or lived >= 6 * EARLY:
             return ""
-        reason = errors.verdict(image.name, log, image.python)
+        reason = verdict(image.name, log, image.python)
         with self._lock:
             seen = self._early.get(image.id, 0)
             if others or lived >= EARLY:
@@ -126,6 +126,6 @@ class Images:
                 if seen + 1 >= _PROOFS and not reason:
                     reason = f"containers of image {image.name!r} end at once"
             if reason:
-                text = f"Docker: {reason}. Container {job} ended with exit code {code}{errors.quoted(log)}"
+                text = f"Docker: {reason}. Container {job} ended with exit code {code}{quoted(log)}"
                 self._verdicts.setdefault(image.id, LaunchError(text, final=True))
         return reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from fiberexec._errors import LaunchError
-from fiberexec.backends._docker_errors import DOCKERFILE_LINE, quoted, verdict
+from fiberexec.backends._image_errors import DOCKERFILE_LINE, quoted, verdict
 from fiberexec.backends._kubernetes_api import ApiError, Setup, in_cluster
 from fiberexec.backends._kubernetes_pods import Trouble
 from fiberexec.backends.base import Exit

@@ -27,6 +27,7 @@ from fiberexec.backends import _docker_options as options
 from fiberexec.backends._docker_engine import Engine, remove, sdk, shut, write
 from fiberexec.backends._docker_images import EARLY, Image, Images
 from fiberexec.backends._docker_watch import Connected, Events, Happened
+from fiberexec.backends._image_errors import quoted
 from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
 
 _STARTS = 8  # containers that are started at once: more do not come up any sooner
@@ -311,7 +312,7 @@ class DockerBackend:
         with self._lock:
             others = any(other.started and other.image == image and other.age() >= EARLY for other in self._jobs.values())
         reason = self._images.judge(image, job, code, log, memory=memory, lived=known.age(), others=others)
-        story = f"container {job} (image {image.name}) ended with exit code {code}{errors.quoted(log)}"
+        story = f"container {job} (image {image.name}) ended with exit code {code}{quoted(log)}"
         self._remember(job, f"{reason}. {story}" if reason else story)
         return reason
 
@@ -336,7 +337,7 @@ class DockerBackend:
             return str(self._engine.failed(error, f"looking at container {job}", name=job))
         text = f"container {job} is {status}"
         if status != "running" or log:
-            return text + errors.quoted(log)
+            return text + quoted(log)
         where = " or ".join(self._options.advertise) or "the driver's address on its network"
         return (
             f"{text} and has said nothing; if that lasts, it cannot reach {where}: open the firewall for it, or give another "

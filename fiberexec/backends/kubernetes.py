@@ -25,7 +25,7 @@ from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends import _kubernetes_watch as watches
-from fiberexec.backends._docker_errors import quoted
+from fiberexec.backends._image_errors import quoted
 from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines, shut
 from fiberexec.backends._kubernetes_jobs import Known, Verdicts
 from fiberexec.backends._kubernetes_make import Maker

@@ -274,14 +274,14 @@ def test_an_engine_that_has_answered_before_is_waited_for() -> None:
     ],
 )
 def test_the_last_lines_say_what_an_image_lacks(log: str, said: str) -> None:
-    from fiberexec.backends._docker_errors import verdict
+    from fiberexec.backends._image_errors import verdict
 
     found = verdict("some:image", log, "")
     assert said in found and bool(said) == bool(found)
 
 
 def test_another_python_is_named_where_the_image_says_so() -> None:
-    from fiberexec.backends._docker_errors import verdict
+    from fiberexec.backends._image_errors import verdict
 
     assert "it has Python 3.8.1" in verdict("some:image", "No module named fiberexec", "3.8.1")
 

@@ -15,53 +15,11 @@ import pytest
 
 from fiberexec import mp
 from fiberexec.mp.managers import (
-    AsyncManager,
-    BaseManager,
     ManagerLost,
 )
 
+from .counters import AsyncCounters, start
 from .helpers import LIMIT, eventually
-
-
-class Counter:
-    def __init__(self, start: int = 0) -> None:
-        self.count = start
-
-    def add(self, n: int) -> int:
-        self.count += n
-        return self.count
-
-    def fail(self) -> None:
-        raise ConnectionResetError("not the manager's")
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def wait(self) -> None:
-        threading.Event().wait()
-
-
-class Counters(BaseManager):
-    pass
-
-
-class AsyncCounters(AsyncManager):
-    pass
-
-
-Counters.register("Counter", Counter)
-AsyncCounters.register("Counter", Counter)
-AsyncCounters.register("Event", threading.Event)
-
-
-def start(manager: Any) -> Any:
-    manager.start()
-    return manager
-
-
-def kill(manager: Any) -> None:
-    os.kill(manager._process.pid, signal.SIGKILL)
-
 
 # AsyncManager.
 

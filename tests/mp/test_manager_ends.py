@@ -24,50 +24,10 @@ from fiberexec.mp.managers import (
     SyncManager,
 )
 
+from .counters import Counters, kill, start
 from .helpers import LIMIT
 
-
-class Counter:
-    def __init__(self, start: int = 0) -> None:
-        self.count = start
-
-    def add(self, n: int) -> int:
-        self.count += n
-        return self.count
-
-    def fail(self) -> None:
-        raise ConnectionResetError("not the manager's")
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def wait(self) -> None:
-        threading.Event().wait()
-
-
-class Counters(BaseManager):
-    pass
-
-
-class AsyncCounters(AsyncManager):
-    pass
-
-
-Counters.register("Counter", Counter)
-AsyncCounters.register("Counter", Counter)
-AsyncCounters.register("Event", threading.Event)
-
-
 # A manager goes.
-
-
-def start(manager: Any) -> Any:
-    manager.start()
-    return manager
-
-
-def kill(manager: Any) -> None:
-    os.kill(manager._process.pid, signal.SIGKILL)
 
 
 def test_a_call_that_waits_hears_that_the_manager_was_killed() -> None:

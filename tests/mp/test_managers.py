@@ -10,7 +10,6 @@ import pickle
 import random
 import socket
 import struct
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,12 @@ import pytest
 
 from fiberexec import mp
 from fiberexec.mp.managers import (
-    AsyncManager,
     BaseManager,
     BaseProxy,
     SyncManager,
 )
 
-
-class Counter:
-    def __init__(self, start: int = 0) -> None:
-        self.count = start
-
-    def add(self, n: int) -> int:
-        self.count += n
-        return self.count
-
-    def fail(self) -> None:
-        raise ConnectionResetError("not the manager's")
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def wait(self) -> None:
-        threading.Event().wait()
-
-
-class Counters(BaseManager):
-    pass
-
-
-class AsyncCounters(AsyncManager):
-    pass
-
-
-Counters.register("Counter", Counter)
-AsyncCounters.register("Counter", Counter)
-AsyncCounters.register("Event", threading.Event)
-
+from .counters import Counter, Counters
 
 # Proxies travel.
 
