@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from fiberexec._errors import LaunchError
+from fiberexec.backends._image_errors import no_interpreter
 
 # What the engine says, whether trying again is pointless, and what to do. The first that matches holds. "{...}" stands
 # for what is known of the container.
