@@ -31,6 +31,7 @@ def kubectl(*arguments: str) -> str:
 @pytest.fixture
 def pod() -> Iterator[str]:
     """A name for a pod, which goes at the end."""
+    services.require_kubernetes()
     name = f"test-{uuid.uuid4().hex[:8]}"
     yield name
     kubectl("delete", "pod", name, "--grace-period", "0", "--force", "--ignore-not-found")
@@ -88,7 +89,6 @@ def test_a_host_outside_reaches_only_the_api_server(pod: str) -> None:
         done = subprocess.run(services.in_host(host, sys.executable, "-I", "-c", code), capture_output=True, text=True)
         return done.stdout.strip()
 
-    services.require_kubernetes()
     listener = "import socket; s = socket.create_server(('', 7000)); print('listening', flush=True); s.accept()"
     with subprocess.Popen(services.in_host(host, sys.executable, "-c", listener), stdout=subprocess.PIPE, text=True) as server:
         try:
