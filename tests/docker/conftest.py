@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import places
 import pytest
 import services
 from services.base import wait_until
 
 from fiberexec import _config
-from fiberexec.backends.base import Exit, Job, JobEnded
 
 BRIDGE = "10.214.0.1"  # the address of an own engine's bridge
 DEADLINE = 30.0  # seconds, for what takes less than one where nothing else runs
-_numbers = itertools.count(1)
 
 
 def settings(**arguments: Any) -> _config.Settings:
@@ -33,57 +29,14 @@ def settings(**arguments: Any) -> _config.Settings:
     return _config.load(backend="docker", **arguments)
 
 
-class Place:
-    """A backend whose ends are collected by a thread, as the launcher does."""
+class Place(places.Place):
+    """A docker backend whose ends are collected."""
 
     def __init__(self, **arguments: Any) -> None:
         from fiberexec.backends.docker import DockerBackend
 
         self.backend = DockerBackend(settings(**arguments))
-        self.program = f"test-{os.getpid()}-{next(_numbers)}"
-        self._changed = threading.Condition()
-        self._ended: list[JobEnded] = []
-        self._thread = threading.Thread(target=self.backend.watch, args=(self._report,), name="watch")
-        self._thread.start()
-
-    def _report(self, ended: list[JobEnded]) -> None:
-        with self._changed:
-            self._ended += ended
-            self._changed.notify_all()
-
-    @property
-    def ended(self) -> list[JobEnded]:
-        with self._changed:
-            return list(self._ended)
-
-    def job(self, number: int, code: str, credentials: bytes = b"") -> Job:
-        return Job(f"{self.program}-{number}", self.program, ("python", "-c", code), credentials)
-
-    def start(self, number: int, code: str, credentials: bytes = b"") -> str:
-        job = self.job(number, code, credentials)
-        self.backend.start(job)
-        return job.id
-
-    def end(self, job: str, seconds: float = DEADLINE) -> Exit:
-        """How the job ended. Waits until it has."""
-
-        def found() -> list[Exit]:
-            return [one.exit for one in self._ended if one.job == job]
-
-        with self._changed:
-            assert self._changed.wait_for(found, seconds), f"{job} has not ended: {self.backend.explain(job)}"
-            assert len(found()) == 1
-            return found()[0]
-
-    def says(self, job: str, text: str) -> None:
-        """Wait until a job has written a line that contains the text."""
-        assert any(text in line for line in self.backend.logs(job, follow=True))
-
-    def close(self) -> None:
-        self.backend.remove(self.program)
-        self.backend.close()
-        self._thread.join(DEADLINE)
-        assert not self._thread.is_alive()
+        super().__init__(self.backend, DEADLINE)
 
 
 @pytest.fixture
@@ -227,7 +180,4 @@ def own_engine() -> Iterator[Engine]:
 
 def eventually(holds: Callable[[], bool], seconds: float = DEADLINE) -> None:
     """Wait until something holds, at most so long."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it never came to hold"
-        time.sleep(0.05)
+    places.eventually(holds, seconds)
