@@ -3,6 +3,7 @@
 Rules:
 - A worker's end is told once, after all that it had to say, and only when it is certain.
 - What is lost together with its job, or the way to it, says whether anything that ran there can have caused it.
+- What an agent says is looked at before anybody hears of it: whether it is about a worker of this job, and as it should be.
 """
 
 from __future__ import annotations
@@ -25,6 +26,22 @@ LINGER = 5.0  # seconds that a job without a worker stays
 _UNKNOWN = (None, "", "", False)  # an Exit
 _END = 1.0  # seconds that an agent has to end by itself
 _OUTPUT = 16 << 20  # bytes of workers' output that wait for an owner who does not read
+# What agents say, and of which types what they say it with is.
+_SAID: dict[str, tuple[type | tuple[type, ...], ...]] = {
+    "hello": (int, str, int, str, tuple, tuple),
+    "output": (int, bytes),
+    "leaving": (),
+    "started": (int, int, str),
+    "refused": (int, str),
+    "ended": (int, tuple, (int, type(None))),
+    "probed": (int, tuple),
+    "recalled": (int, int, int),
+}
+_PARTS: dict[str, tuple[type | tuple[type, ...], ...]] = {  # of the first tuple that is said
+    "hello": ((int, float), (int, float), int),
+    "ended": ((int, type(None)), str, str, bool),
+    "probed": (int, (int, float), int),
+}
 
 
 class Worker:
@@ -71,44 +88,48 @@ class Job:
             self.link.relays.add(found.channel, sock)
 
     def obey(self, verb: str, *args: Any) -> None:
-        """The agent says something."""
+        """The agent says something. Raises ProtocolError."""
         tell = self.fleet.tell
-        if verb == "hello":
+        if verb == "hello" and self.hello is None and _fits(args[:4], _SAID["hello"][:4]):
             wrong = _mismatch(self.id, *args)
             if wrong:
                 self.terminate()
                 self.fail(wrong, True)
                 return
+            _check(verb, args)
             self.hello = args
             for worker in self.workers:
                 self.link.say("launch", worker, self.workers[worker].channel)
-        elif verb == "output":
+            return
+        _check(verb, args)
+        if verb == "output":
             if self.fleet.backlog < _OUTPUT:
                 tell("output", *args)
-        elif self.hello is None:
-            raise ProtocolError("an agent that has not said hello")
+        elif self.hello is None or verb == "hello":
+            raise ProtocolError("an agent says hello first, and once")
+        elif verb == "leaving":
+            self.leaving = True
+            for worker in self.workers:
+                tell("leaving", worker)
+        elif args[0] not in self.workers:
+            return  # it has been told of its end, or is another job's
+        elif self.workers[args[0]].started is (verb in ("started", "refused")):
+            raise ProtocolError(f"an agent says {verb!r}, which cannot be")
         elif verb == "started":
             worker, pid, host = args
-            if worker in self.workers:
-                self.workers[worker].started = True
-                tell("started", worker, pid, host, self.id, *self.hello)
-                if self.leaving:
-                    tell("leaving", worker)
+            self.workers[worker].started = True
+            tell("started", worker, pid, host, self.id, *self.hello)
+            if self.leaving:
+                tell("leaving", worker)
         elif verb == "refused":
             self._refuse(args[0], args[1], False)
         elif verb == "ended":
             worker, exit, running = args
             self._end(worker, self._judged(exit), running)
-        elif verb == "leaving":
-            self.leaving = True
-            for worker in self.workers:
-                tell("leaving", worker)
-        elif verb in ("probed", "recalled"):
+        else:
             tell(verb, *args)
             if verb == "probed":
                 self.fleet.looked(*args)
-        else:
-            raise ProtocolError(f"an agent says {verb!r}")
 
     def lost(self, why: str) -> None:
         """Nothing has been heard of the agent for so long that it has ended itself, or is stopped."""
@@ -202,6 +223,20 @@ class Job:
         self.fleet.hub.switch.links.pop(self.id, None)
         self.link.retire()
         self.fleet.forget(self)
+
+
+def _check(verb: str, args: tuple[Any, ...]) -> None:
+    """Raises ProtocolError for what no agent says."""
+    wanted = _SAID.get(verb)
+    if wanted is None or not _fits(args, wanted):
+        raise ProtocolError(f"an agent says {verb!r}")
+    parts = _PARTS.get(verb)
+    if parts is not None and not _fits(next(value for value in args if isinstance(value, tuple)), parts):
+        raise ProtocolError(f"an agent says {verb!r}")
+
+
+def _fits(values: tuple[Any, ...], types: tuple[type | tuple[type, ...], ...]) -> bool:
+    return len(values) == len(types) and all(map(isinstance, values, types))
 
 
 def _mismatch(job: str, version: int, python: str, pid: int, host: str, *_: object) -> str:

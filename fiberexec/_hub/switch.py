@@ -21,7 +21,7 @@ from fiberexec import _messages as messages
 from fiberexec import _platform
 from fiberexec._hub.shared import Timer
 from fiberexec._relay import IN, Relays
-from fiberexec._session import CONTROL, PARKED, Session, read_header
+from fiberexec._session import CLOSE, CONTROL, PARKED, Session, read_header
 from fiberexec._stream import Buffer, ProtocolError
 
 if TYPE_CHECKING:
@@ -111,7 +111,13 @@ class AgentLink:
 
     def _opened(self, channel: int) -> None:
         """A process of the job wants to talk to the hub."""
-        ours, theirs = _platform.stream_pair()
+        if channel in self.relays.channels:
+            raise ProtocolError(f"channel {channel} is open")
+        try:
+            ours, theirs = _platform.stream_pair()
+        except OSError:  # out of descriptors: as if the hub did not listen
+            self._push(CLOSE, channel)
+            return
         self.relays.add(channel, theirs)
         self._switch.hub.welcome(ours, self)
 
