@@ -66,6 +66,11 @@ def cluster_image(image: str) -> str:
     return image
 
 
+def restart(program: str) -> None:
+    """Kill one of the cluster's programs, and start it as it was; returns when it answers again."""
+    _services("kubernetes", "restart", program)
+
+
 @functools.cache
 def worker_image(python: str | None = None, *requirements: str) -> str:
     """The name of an image with the fiberexec that is imported here, what it requires, and more requirements.

@@ -46,12 +46,16 @@ def _parser() -> argparse.ArgumentParser:
     netns["link"].add_argument("other", nargs="?")
     netns["link"].set_defaults(action=lambda given: network.link(given.what, given.host, given.other))
 
-    kubernetes = _family(families, "kubernetes", "a Kubernetes cluster; `up` prints its kubeconfig", "load", "build")
+    more = ("load", "build", "restart")
+    kubernetes = _family(families, "kubernetes", "a Kubernetes cluster; `up` prints its kubeconfig", *more)
     kubernetes["up"].set_defaults(action=lambda _: print(cluster.up()))
     kubernetes["down"].set_defaults(action=lambda _: cluster.down())
     kubernetes["load"].add_argument("images", nargs="+", metavar="image", help="of the Docker engine")
     kubernetes["load"].set_defaults(action=lambda given: cluster.load(given.images))
     kubernetes["build"].set_defaults(action=lambda _: print(cluster.build()))
+
+    kubernetes["restart"].add_argument("program", choices=["kube-apiserver", "kubelet"])
+    kubernetes["restart"].set_defaults(action=lambda given: cluster.restart(given.program))
 
     image = families.add_parser("image", help="an image with Python and requirements")
     image.add_argument("name")

@@ -70,6 +70,19 @@ def up() -> Path:
     return KUBECONFIG
 
 
+def restart(name: str) -> None:
+    """Kill one of the cluster's programs, and start it as it was; returns when it answers again."""
+    daemon = _DAEMONS[name]
+    pid = daemon.pid()
+    if pid is None:
+        raise ServiceError(f"{name} does not run")
+    command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+    daemon.stop(signal.SIGKILL)
+    daemon.start(*command)
+    node = ("wait", "--for", "condition=Ready", f"node/{NODE}", "--timeout", "5s")
+    daemon.wait(lambda: _kubectl("get", "--raw", "/readyz") and (name != "kubelet" or _kubectl(*node)), 90)
+
+
 def down() -> None:
     """End the cluster that `up` started, with all pods and images, and undo what it did to the machine."""
     if _OURS.exists():
