@@ -12,7 +12,7 @@ from pathlib import Path
 from . import weight
 from .peers import BASE, PEERS, is_installed
 from .report import Report, show
-from .rows import ROWS, chosen
+from .rows import ELSEWHERE, ROWS, chosen
 from .runner import Cell, Quiet, run_rounds
 
 MARKER = "<!-- results: written by python -m benchmarks --page -->"
@@ -48,7 +48,8 @@ def parse() -> argparse.Namespace:
 
 def pick_peers(named: list[str], needed: set[str]) -> list[str]:
     """Return the peers to measure, in their usual order: those named, those that a ratio needs, and fiberexec."""
-    wanted = {*named, BASE, *needed, "fiberexec"} if named else {name for name, peer in PEERS.items() if not peer.optional}
+    usual = {*named, BASE, "fiberexec"} if named else {name for name, peer in PEERS.items() if not peer.optional}
+    wanted = usual | needed
     for name in sorted(wanted):
         if not is_installed(name):
             print(f"{name} is not installed and is left out", file=sys.stderr)
@@ -59,7 +60,7 @@ def main() -> None:
     """Measure, say so cell by cell on stderr, and print the tables on stdout."""
     options = parse()
     if options.list:
-        print("rows: ", ", ".join(row.key for row in ROWS))
+        print("rows: ", ", ".join(row.key for row in (*ROWS, *ELSEWHERE)))
         print("peers:", ", ".join(f"{name}{'' if is_installed(name) else ' (not installed)'}" for name in PEERS))
         return
     peers = pick_peers(options.peer, {row.against for row in options.rows if row.against})

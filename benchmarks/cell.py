@@ -13,7 +13,7 @@ from collections.abc import Callable
 from . import weight
 from .memory import million, waves
 from .mp import MP_WORKLOADS, context
-from .peers import LINKS, PEERS
+from .peers import PEERS, STAND_INS
 from .workloads import WORKLOADS
 
 MARK = "RESULT "
@@ -47,8 +47,10 @@ def measure_cell(peer_name: str, workload: str, quick: bool) -> dict[str, float]
         if weight.is_asked():
             weight.raise_all()
         return {workload: MP_WORKLOADS[workload](context(peer_name), quick)}
-    link, task = workload.startswith("link_"), workload.removeprefix("link_")
-    peer = (LINKS if link and peer_name in LINKS else PEERS)[peer_name]()
+    place, _, task = workload.partition("_")
+    if place not in STAND_INS:
+        place, task = "", workload
+    peer = {**PEERS, **STAND_INS.get(place, {})}[peer_name]()
     workers = 5 if workload in FIVE_WORKERS else 2
     peer.open(workers)
     peer.warm(workers)

@@ -200,9 +200,62 @@ class DaskLink(DaskExecutor):
         self.pool = self.client.get_executor(pure=False)
 
 
-LINKS: dict[str, type[Peer]] = {Fiberexec.name: FiberexecLink, DaskExecutor.name: DaskLink}  # what stands for whom there
+class Agents(FiberexecLink):
+    """Against this, containers are measured."""
+
+    name = "agents"
+    optional = True
+
+
+class FiberexecDocker(Peer):
+    """Workers in containers. FIBEREXEC_IMAGE names their image."""
+
+    name = "fiberexec-docker"
+
+    def open(self, workers: int) -> None:
+        from fiberexec import FiberExecutor
+
+        self.pool = FiberExecutor(workers, backend="docker")
+
+
+class FiberexecPods(Peer):
+    """Workers in pods; the driver is in one: see the module cluster."""
+
+    name = "fiberexec-pods"
+
+    def open(self, workers: int) -> None:
+        from fiberexec import FiberExecutor
+
+        self.pool = FiberExecutor(workers, backend="kubernetes")
+
+
+class DaskPods(DaskExecutor):
+    """A scheduler and workers in pods, where BENCHMARK_DASK says; without TLS, as Dask does it."""
+
+    name = "dask-pods"
+
+    def open(self, workers: int) -> None:
+        import os
+        from importlib import import_module
+
+        self.client = import_module("distributed").Client(os.environ["BENCHMARK_DASK"])
+        self.client.wait_for_workers(workers, timeout=60)
+        self.pool = self.client.get_executor(pure=False)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True)
+        self.client.close()
+
+
+# What stands for whom in workloads whose names begin so.
+STAND_INS: dict[str, dict[str, type[Peer]]] = {
+    "link": {Fiberexec.name: FiberexecLink, DaskExecutor.name: DaskLink},
+    "docker": {Fiberexec.name: FiberexecDocker},
+    "pods": {Fiberexec.name: FiberexecPods, DaskExecutor.name: DaskPods},
+}
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (StdlibFork, StdlibSpawn, MpPool, MpSpawn, Loky, Pebble, Fiberexec, DaskExecutor, Threads)
+    peer.name: peer
+    for peer in (StdlibFork, StdlibSpawn, MpPool, MpSpawn, Loky, Pebble, Agents, Fiberexec, DaskExecutor, Threads)
 }
 
 

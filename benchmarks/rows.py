@@ -46,6 +46,8 @@ class Row:
 OURS = ("fiberexec",)
 LOKY = ("loky", "fiberexec")
 LINK = (BASE, "dask", "fiberexec")
+PODS = ("dask", "fiberexec")
+DOCKER = ("agents", "fiberexec")
 BOTH: Any = {"against": MpSpawn.name, "peers": (MpSpawn.name, "fiberexec")}
 # fmt: off
 ROWS = (
@@ -84,13 +86,27 @@ ROWS = (
     Row("mp_manager", "call of a `mp.Manager`'s object", "µs", 1, False, **BOTH),
     Row("mp_process", "`mp.Process`, start to exit", "ms", 1, False, **BOTH),
 )
+# These need an image and services, so they are measured where they are named: see the modules peers and cluster.
+ELSEWHERE = (
+    Row("docker_latency", "in containers, over agents in subprocesses: latency", "µs", 1.05, False, "agents", peers=DOCKER),
+    Row("docker_submit", "... `submit()` of 10,000 tiny tasks", "tasks/s", 0.95, against="agents", peers=DOCKER),
+    Row("docker_echo_64m", "... echo of a 64 MiB array, one at a time", "MB/s", 0.95, against="agents", peers=DOCKER),
+    Row("pods_latency", "in pods of one cluster: latency", "µs", 1, False, "dask", peers=PODS),
+    Row("pods_submit", "... `submit()` of 10,000 tiny tasks", "tasks/s", 1, against="dask", peers=PODS),
+    Row("pods_map_1e5", "... `map` of 1e5 tiny items", "items/s", 1, against="dask", peers=PODS),
+    Row("pods_echo_1m", "... echo of 1 MiB bytes, pipelined", "MB/s", 1, against="dask", peers=PODS),
+    Row("pods_echo_64m", "... echo of a 64 MiB array, one at a time", "MB/s", 1, against="dask", peers=PODS),
+)
 # fmt: on
 
 
 def chosen(names: list[str]) -> tuple[Row, ...]:
-    """Return the rows with these names, all of them for no name; ValueError names one that does not exist."""
-    known = {row.key for row in ROWS} | {row.workload for row in ROWS}
+    """Return the rows with these names, all that need nothing for no name; ValueError names one that does not exist."""
+    if not names:
+        return ROWS
+    rows = (*ROWS, *ELSEWHERE)
+    known = {row.key for row in rows} | {row.workload for row in rows}
     for name in names:
         if name not in known:
-            raise ValueError(f"no row {name!r}: there are {', '.join(row.key for row in ROWS)}")
-    return tuple(row for row in ROWS if not names or row.key in names or row.workload in names)
+            raise ValueError(f"no row {name!r}: there are {', '.join(row.key for row in rows)}")
+    return tuple(row for row in rows if row.key in names or row.workload in names)
