@@ -26,6 +26,7 @@ class Stats:
     retried: int  #: attempts that were followed by another one because a retry policy said so
     lost: int  #: workers that died while they executed a task
     workers: int  #: workers that are there, starting ones included
+    starting: int  #: workers of these that are not ready yet: where a cluster is full, pods that wait for room
     idle: int  #: workers that have nothing to do
     started: int  #: workers that have become ready so far
     failed_launches: int  #: workers that could not be started
@@ -56,6 +57,7 @@ def stats(manager: Manager) -> Stats:
             retried=scheduler.retried,
             lost=scheduler.lost,
             workers=len(scheduler.fleet.workers),
+            starting=sum(worker.state is STARTING for worker in scheduler.fleet.workers.values()),
             idle=len(scheduler.fleet.idle),
             started=scheduler.started,
             failed_launches=scheduler.failed_launches,

@@ -146,7 +146,7 @@ def stuck(trouble: Trouble, job: str, image: str, namespace: str) -> str:
             f"the image must have Python (FROM python:3.x-slim), and {DOCKERFILE_LINE}; where its Python has another path: "
             'backend_options={"python": ...}'
         )
-    elif "persistentvolumeclaim" in said:
+    elif "persistentvolumeclaim" in said.lower():
         what = "create the claim, or see why it is not bound (kubectl describe pvc), or correct volumes="
     elif reason in ("Unschedulable", "SchedulingGated"):
         what = "free or add nodes, or correct cpu=, memory=, gpu=, node_selector=, tolerations= or affinity="

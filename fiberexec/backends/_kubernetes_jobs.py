@@ -20,7 +20,7 @@ class Known:
     """A job as the backend knows it."""
 
     def __init__(self) -> None:
-        self.since = time.monotonic()
+        self.asked = self.since = time.monotonic()  # when it was wanted; when it was made
         self.image = ""
         self.starting = False  # start() is at work
         self.started = False  # start() has succeeded: its end is to be reported
@@ -111,6 +111,11 @@ class Verdicts:
         """No job can start."""
         with self._lock:
             self.text, self._until = text, time.monotonic() + _VALID
+
+    def renew(self) -> None:
+        """What was settled has shown again."""
+        with self._lock:
+            self._until = time.monotonic() + _VALID
 
     def works(self, image: str) -> bool:
         """Whether pods of an image have been seen to work."""

@@ -279,7 +279,7 @@ class Link:
                 return found
             self._check(pod, time.monotonic() - since)
             if time.monotonic() > self._told["deadline"]:
-                raise LaunchError(f"Kubernetes: pod {self._name} did not start: {self._story(pod)}")
+                raise LaunchError(f"Kubernetes: pod {self._name} did not start: {self._story(pod)}", final=True)
             if self.over:
                 raise Gone("it is not wanted any more")
             time.sleep(_POLL)

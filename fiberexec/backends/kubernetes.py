@@ -246,6 +246,8 @@ class KubernetesBackend:
             lingering = [(job, known) for job, known in self._jobs.items() if known.lingers]
             waiting = [(job, known) for job, known in self._jobs.items() if known.waits and known.started]
         self._due = now + 0.5 if lingering else now + _LOOK if waiting or owed else None
+        if waiting and self._due is not None:
+            self._due = min(self._due, max(now + _SOON, min(known.asked for _, known in waiting) + self._patience))
         for job, known in owed:
             self._discard(job, known)
             if known.owed:
@@ -255,9 +257,10 @@ class KubernetesBackend:
             trouble = known.trouble
             if trouble is not None and trouble.final and not self._verdicts.works(known.image):
                 self._give_up(job, known, trouble)
-            elif now > known.since + self._patience:
-                events = self._reader.story(job) or "the cluster does not say why"
-                self._give_up(job, known, trouble or pods.Trouble("Pending", events, False))
+            elif now >= known.asked + self._patience:
+                if trouble is None:
+                    trouble = pods.Trouble("Pending", self._reader.story(job) or "the cluster does not say why", False)
+                self._give_up(job, known, trouble)  # and no other is tried: startup_timeout is spent
             elif trouble is not None:
                 self._warn(job, trouble)
         mute = [(job, known) for job, known in waiting if known.trouble is known.heard and now > known.since + _LOOK]
@@ -283,8 +286,7 @@ class KubernetesBackend:
         story = "" if self._verdicts.hold else self._reader.story(job)  # one of many is enough
         happened = "".join(f"\n    {line}" for line in story.splitlines() if trouble.message not in line)
         text += f". Its events:{happened}" if happened else ""
-        if trouble.final:
-            self._verdicts.settle(f"Kubernetes: {text}")
+        self._verdicts.settle(f"Kubernetes: {text}")
         known.exit = Exit(None, trouble.reason, f"{text}\n")
         known.unwanted = True
         self._discard(job, known)
@@ -294,6 +296,7 @@ class KubernetesBackend:
         with self._lock:
             self._jobs.pop(job, None)
         if known.exit is not None:
+            self._verdicts.renew()  # who hears of this end tries again at once: not for the same
             return JobEnded(job, known.exit)
         exit = pods.exit_of(known.pod, removed=known.gone) if known.pod else Exit(None, "Deleted", "", infrastructure=True)
         if known.unwanted:
@@ -322,6 +325,11 @@ class KubernetesBackend:
         if known.trouble is not None:
             return errors.stuck(known.trouble, job, known.image, self._namespace)
         node = pods.node(known.pod)
+        if not node:  # the scheduler may have told why by an event, before it notes that in the pod
+            for reason, message in reversed(self._reader.events(job)):
+                if reason == "FailedScheduling":
+                    return errors.stuck(pods.Trouble("Unschedulable", message, False), job, known.image, self._namespace)
+            return f"pod {job} waits for the scheduler to find a node"
         if not pods.is_running(known.pod):
             return "\n".join(filter(None, (f"pod {job} is being started on node {node}", self._reader.story(job))))
         tail = self._reader.tail(job)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import services
+from services import cluster
 
 from fiberexec import BrokenExecutor, ConfigError, FiberExecutor, LaunchError
 from fiberexec.backends._kubernetes_errors import role
@@ -118,13 +119,34 @@ def test_a_full_cluster_is_an_error_when_startup_timeout_is_spent(place: Make) -
     one = place(cpu=5000, startup_timeout=5)
     exit = one.end(one.start(1, SLEEP))
     assert exit.reason == "Unschedulable" and "Insufficient cpu" in exit.log
-    one.start(2, SLEEP)  # it may have grown
+    error = refused(one, 2)  # no other waits as long
+    assert error.final and "Insufficient cpu" in str(error)
 
 
-def test_a_claim_that_is_not_there(place: Make) -> None:
-    one = place(backend_options={"volumes": {"/data": "no-such-claim"}})
+def test_an_executor_that_gets_no_worker_waits_once_for_startup_timeout(place: Make, space: str) -> None:
+    place()  # sets KUBECONFIG
+    image = services.cluster_image(services.bare_image())
+    options = {"namespace": space, "advertise_address": cluster.ADDRESS}
+    began = time.monotonic()
+    settings: dict[str, Any] = {"image": image, "cpu": 5000, "startup_timeout": 20, "backend_options": options}
+    with FiberExecutor(1, backend="kubernetes", **settings) as executor:
+        with pytest.raises(BrokenExecutor) as caught:
+            executor.submit(int).result(100)
+    assert "Insufficient cpu" in f"{caught.value} {caught.value.__cause__}"
+    assert time.monotonic() - began < 35  # 0.9 of it, and what it takes to be told
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["not there", "not bound"])
+def test_a_claim_that_cannot_be_had(bound: bool, place: Make, space: str) -> None:
+    name = "unbound" if bound else "no-such-claim"
+    if bound:
+        spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
+        meta = {"name": name, "namespace": space}
+        apply({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": meta, "spec": spec})
+    one = place(backend_options={"volumes": {"/data": name}})
     job = one.start(1, SLEEP)
-    eventually(lambda: 'persistentvolumeclaim "no-such-claim" not found' in one.backend.explain(job))
+    said = "unbound immediate PersistentVolumeClaims" if bound else f'persistentvolumeclaim "{name}" not found'
+    eventually(lambda: said in one.backend.explain(job))
     assert "correct volumes=" in one.backend.explain(job)
 
 
