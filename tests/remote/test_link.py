@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import pickle
 import random
 import ssl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tenacity import Retrying, wait_none
 
-from fiberexec import LaunchError, _launcher
+from fiberexec import FiberExecutor, LaunchError, _launcher, _tls
 from fiberexec import _messages as messages
-from fiberexec._session import CONTROL, DATA, Session
+from fiberexec._session import CONTROL, CREDIT, DATA, OPEN, Session
 from fiberexec._tls import Authority
 
 LIMIT = 30.0
@@ -88,6 +90,41 @@ def test_no_certificate(connect: Any, target: Any, at_work: Any) -> None:
 def test_the_certificate_of_another_program(connect: Any, target: Any, at_work: Any) -> None:
     assert refused(connect, target, *Authority().certificate(target["job"]))
     at_work()
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(-2.0, -0.001), (0.1, 2.0)], ids=["expired", "not valid yet"])
+def test_a_certificate_out_of_its_time(
+    connect: Any, target: Any, at_work: Any, authority: Any, monkeypatch: pytest.MonkeyPatch, begins: float, ends: float
+) -> None:
+    """Of the very job that is at work, and signed by the program itself."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    days = now + datetime.timedelta(begins), now + datetime.timedelta(ends)
+    monkeypatch.setattr(_tls, "_validity", lambda: days)
+    assert refused(connect, target, *authority().certificate(target["job"]))
+    at_work()
+
+
+def test_a_certificate_of_a_hub_is_none_of_an_agent(connect: Any, target: Any, at_work: Any, authority: Any) -> None:
+    """Though it has the name of the job that is at work."""
+    assert refused(connect, target, *authority().certificate(target["job"], server=True))
+    assert refused(connect, target, *authority().certificate("hub", server=True))
+    at_work()
+
+
+def test_a_certificate_that_names_its_owner_elsewhere_than_in_its_name(
+    connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any
+) -> None:
+    """The certificate of another living job, whose holder begins as the first job's agent would: it is that other job's."""
+    jobs.silent = True
+    future = make(1).submit(int)
+    other = until(lambda: jobs.started[1:])[0]
+    claimed = {**target, "certificate": other["certificate"], "key": other["key"]}
+    client, session = fake(connect, claimed)
+    client.send(hello(session))
+    session.push(CONTROL, 0, messages.encode(("leaving",)))  # would keep new tasks from the first job
+    client.send(joined(session))
+    at_work()
+    assert not future.done()
 
 
 def test_the_hub_of_another_program_is_not_believed(connect: Any, target: Any) -> None:
@@ -243,38 +280,85 @@ def test_bytes_at_random_before_the_handshake(connect: Any, target: Any, at_work
     at_work()
 
 
+class Impostors:
+    """Jobs without end, the test plays whose agents."""
+
+    def __init__(self, jobs: Any, until: Callable[..., Any]) -> None:
+        self._jobs, self._until = jobs, until
+        jobs.silent = True
+        self._used = len(jobs.started)
+        self._executor: FiberExecutor | None = None
+
+    def next(self) -> Any:
+        """The credentials of a job that has just been started: the last one has failed, or is given up now."""
+        deadline = time.monotonic() + 0.5
+        while len(self._jobs.started) <= self._used:
+            if self._executor is None or self._future.done() or time.monotonic() > deadline:
+                self.close()
+                again = Retrying(wait=wait_none())
+                self._executor = FiberExecutor(1, backend="agents", launch_retry=again, driver_timeout=30)
+                self._future = self._executor.submit(int)
+                self._until(lambda: len(self._jobs.started) > self._used)
+            time.sleep(0.001)
+        self._used = len(self._jobs.started)
+        return self._jobs.started[-1]
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.kill_workers()
+            self._executor.shutdown()
+
+
+@pytest.fixture
+def impostors(jobs: Any, until: Any, target: Any) -> Iterator[Impostors]:
+    made = Impostors(jobs, until)
+    yield made
+    made.close()
+
+
 @pytest.mark.timeout(36_000 if FULL else 120)
+@pytest.mark.filterwarnings("ignore:a worker could not be started")
 def test_mutated_frames_after_the_handshake(
-    connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any, hub: Any
+    connect: Any, target: Any, at_work: Any, impostors: Impostors, hub: Any, tmp_path: Path
 ) -> None:
     """Of somebody who has a certificate: each is refused, or costs nobody but his own job anything."""
     seed = int(time.time()) if FULL else 8
     print("seed", seed)
     chance = random.Random(seed)
-    jobs.silent = True
-    future = make(1).submit(int)
-    mine = until(lambda: jobs.started[1:])[0]
-    session = Session(os.urandom(16))
-    said = [("ended", 1, (0, "", "", False), 0), ("started", 1, 2, "x"), ("output", 1, b"x")]
-    valid = [joined(session), *(message(*each) for each in said)]
-    client = None
+    path = tmp_path / "unpickled"
+    said = [("ended", 1, (0, "", "", False), 0), ("started", 1, 2, "x"), ("output", 1, b"x"), ("leaving",)]
+    client, greeted, connections, agents = None, 0, 0, 0
     for number in range(FRAMES):
         try:
             if client is None:
+                if connections % 6 == 0:  # a job takes some connections of its agent
+                    mine, session, greeted = impostors.next(), Session(os.urandom(16)), 0
+                    agents += 1
                 client = connect(mine["hub"][0], mine["ca"], mine["certificate"], mine["key"])
+                connections += 1
                 client.sock.settimeout(5)
-            client.send(frames(chance, valid), 1 << 60 if chance.random() < 0.01 else None)
-            if chance.random() < 0.1:
+                if chance.random() < 0.9:
+                    client.send(hello(session) if not greeted else joined(session))
+                    greeted = 1
+            if chance.random() < 0.7:  # the right session, the right number
+                session.push(CONTROL, 0, messages.encode(chance.choice(said)))
+                session.push(CONTROL, 0, pickle.dumps(("output", 1, Mine(path))))
+                session.push(chance.choice([DATA, OPEN, CREDIT]), chance.randrange(5), chance.randbytes(8))
+            valid = joined(session)
+            session.rewind()
+            client.send(frames(chance, [valid]), 1 << 60 if chance.random() < 0.003 else None)
+            if chance.random() < 0.05:
                 client.close()
                 client = None
         except (OSError, ValueError):
-            assert client is not None
-            client.close()
+            if client is not None:
+                client.close()
             client = None
         if number % (FRAMES // 4) == 0:
             at_work()
     at_work()
-    assert not future.done() or future.exception() is not None
+    print(f"{FRAMES} frames over {connections} connections of {agents} agents")
+    assert not path.exists() and agents > 1
     assert hub().memory_info().rss < 200 << 20
 
 
