@@ -51,13 +51,14 @@ class Connection:
         """Send the outbox as far as the kernel takes it. True when all is sent, or the worker has gone."""
         with self._lock:
             try:
-                while self.outbox:
+                while self.stream.flush():
+                    if not self.outbox:
+                        return True
                     item = self.outbox.popleft()
                     if isinstance(item, Send):
                         item = messages.TASKS, *self._pack(item)
-                    if not self.stream.send_some(*item):
-                        return False
-                return self.stream.flush()
+                    self.stream.send_some(*item)
+                return False  # what is left waits in the outbox: it may be recalled before there is room for it
             except OSError:
                 self.outbox.clear()
                 return True  # its end will be reported

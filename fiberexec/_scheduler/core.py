@@ -18,6 +18,7 @@ from fiberexec._scheduler.watch import Watch
 from fiberexec._states import BUSY, DELAYED, DONE, DRAINING, IDLE, JUDGING, QUEUED, SENT, STARTING, STOPPING
 from fiberexec.backends.base import Exit
 
+_FADE = 0.9  # what a reply leaves of a worker's patience
 _RISE, _DROP = 0.3, 0.25  # how a measured cost follows: slowly, but at once when it falls to a quarter
 
 
@@ -203,6 +204,8 @@ class Scheduler:
         if worker is None:
             return
         worker.heard = self._agenda.now
+        if worker.patience and any(outcome is not None for _, _, outcome, _ in event.records):
+            worker.patience *= _FADE
         inflight = worker.inflight
         actions = self._agenda.actions
         for number, count, outcome, seconds in event.records:
@@ -266,6 +269,9 @@ class Scheduler:
         if worker is None or not worker.recalling:
             return
         worker.recalling = False
+        if worker.inflight and event.claimed < worker.inflight[0].number:
+            # Not the work is slow but the way to it: what is sent again as late as this would never be begun.
+            worker.patience = 2 * worker.patience + self.limits.stall
         before = worker.items
         taken = take_back(worker, event.claimed)
         moved = before - worker.items

@@ -150,6 +150,7 @@ class WorkerRecord:
         "look_at",
         "next_number",
         "occupied",
+        "patience",
         "pool",
         "quota",
         "recalling",
@@ -177,6 +178,7 @@ class WorkerRecord:
         self.idle_since = now
         self.since = now  # when it became ready; until then: when it was launched
         self.recalling = False  # a recall is under way
+        self.patience = 0.0  # seconds beyond limits.stall that what is sent to it may be on its way
         self.look_at = inf  # when its time limits are looked at next
 
     def step(self, event: str) -> None:

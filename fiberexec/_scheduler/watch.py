@@ -91,7 +91,7 @@ class Watch:
         for worker in self._workers.values():
             if worker.items > 1 and worker.state is BUSY:
                 self._stall_armed = True
-                if worker.heard + worker.backlog <= oldest and not worker.recalling and most:
+                if worker.heard + worker.backlog + worker.patience <= oldest and not worker.recalling and most:
                     most -= 1
                     self.recall(worker)
         if self._stall_armed:
