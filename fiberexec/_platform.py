@@ -131,15 +131,31 @@ def reap(pid: int, seconds: float) -> None:
 
 
 def memory_kills() -> int:
-    """How many processes the kernel has killed for want of memory; 0 where it does not tell."""
-    try:
-        with open("/proc/vmstat") as file:
-            for line in file:
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-    except OSError:
-        pass
+    """How many processes the kernel has killed for want of memory, in this container if it tells; 0 where it does not."""
+    for name in (*_memory_events(), "/proc/vmstat"):  # the last counts the whole machine
+        try:
+            with open(name) as file:
+                for line in file:
+                    if line.startswith("oom_kill "):
+                        return int(line.split()[1])
+        except OSError:
+            continue
     return 0
+
+
+def _memory_events() -> list[str]:
+    """Files in which this process' own cgroup may count such things."""
+    found = []
+    try:
+        with open("/proc/self/cgroup") as file:
+            for line in file:
+                number, kinds, path = line.rstrip("\n").split(":", 2)
+                if number == "0" or "memory" in kinds.split(","):
+                    root, leaf = ("", "memory.events") if number == "0" else ("/memory", "memory.oom_control")
+                    found += [f"/sys/fs/cgroup{root}{path}/{leaf}", f"/sys/fs/cgroup{root}/{leaf}"]  # in a container: the last
+    except (OSError, ValueError):
+        pass
+    return found
 
 
 # -- what this machine has
@@ -183,6 +199,18 @@ def memory_total() -> int:
         except (OSError, ValueError):
             continue
     return total
+
+
+def memory_story() -> str:
+    """What is to be said of a process that was killed for want of memory: the limit, and what was in use at most."""
+    text = f"it was killed for want of memory: {memory_total() / 2**20:.0f} MiB is what there is for all that runs here"
+    for name in ("/sys/fs/cgroup/memory.peak", "/sys/fs/cgroup/memory/memory.max_usage_in_bytes"):
+        try:
+            with open(name) as file:
+                return f"{text}, {int(file.read()) / 2**20:.0f} MiB were in use at most\n"
+        except (OSError, ValueError):
+            continue
+    return text + "\n"
 
 
 def gpu_devices() -> tuple[str, ...]:

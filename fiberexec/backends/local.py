@@ -241,6 +241,8 @@ class LocalBackend:
             self._events.append(Refused(worker, _explained(OSError(number, text))))
         elif kind == messages.EXITED:
             worker, status, log, for_memory = message
+            if for_memory:
+                log += _platform.memory_story()
             self._ended(worker, Exit(os.waitstatus_to_exitcode(status), "OOMKilled" if for_memory else "", log))
 
     def _ended(self, worker: int, exit: Exit) -> None:
