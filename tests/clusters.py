@@ -17,7 +17,7 @@ _numbers = itertools.count(1)
 
 
 def kubectl(*arguments: str, stdin: str | None = None) -> str:
-    command = [str(cluster.HERE / "bin" / "kubectl"), "--kubeconfig", services.require_kubernetes(), *arguments]
+    command = [str(cluster.HERE / "bin" / "kubectl"), "--kubeconfig", str(cluster.KUBECONFIG), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, input=stdin)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

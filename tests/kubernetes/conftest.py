@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import places
 import pytest
 import services
 from clusters import apply, get, kubectl, namespace
+from services import cluster, network
 
 from fiberexec import _config
+from fiberexec.backends._kubernetes_errors import role
+
+from .inside import Inside
+from .outside import PRELUDE, Driver, Outside
 
 __all__ = ["DEADLINE", "SLEEP", "Place", "apply", "eventually", "get", "kubectl"]
 
@@ -67,6 +74,43 @@ def place(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
         return made[-1]
 
     yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def driver(own_space: str) -> Inside:
+    """Starts a program in a pod of a namespace, with the rights that are advised and no others."""
+    kubectl("-n", own_space, "create", "serviceaccount", "driver")
+    kubectl("apply", "-f", "-", stdin=role(own_space, f"system:serviceaccount:{own_space}:driver"))
+    return Inside(own_space, services.cluster_image(services.worker_image(None, "kubernetes")))
+
+
+@pytest.fixture
+def host() -> Iterator[str]:
+    """A host that reaches the API server only, and that nobody reaches."""
+    services.require_kubernetes()
+    host = services.require_netns(3)[2]
+    network.link("only", host, cluster.ADDRESS)
+    yield host
+    subprocess.run(services.in_host(host, "iptables", "-F", "OUTPUT"), check=True)
+    network.link("restore", host)
+
+
+@pytest.fixture
+def outside(host: str, own_space: str, tmp_path: Path) -> Iterator[Outside]:
+    """Starts a program there: outside(code)."""
+    made: list[Driver] = []
+
+    def start(code: str, *, image: str | None = None, kubeconfig: str = "") -> Driver:
+        if image is None:
+            image = services.cluster_image(services.worker_image())
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        made.append(Driver(host, PRELUDE + code, folder, own_space, kubeconfig or services.require_kubernetes(), image))
+        return made[-1]
+
+    yield start
     for one in made:
         one.close()
 

@@ -1,0 +1,144 @@
+"""A cluster that is full, and one that takes pods away: what there is is used, said, and given back in peace."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import services
+from services import cluster
+
+from fiberexec import FiberExecutor, current_task
+
+from .conftest import apply, eventually, get, kubectl
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:a worker could not be started"),  # the quota's
+]
+SLOT = "fiberexec.test/slot"  # something that nodes have, and of which the tests' node has so many as a test says
+
+
+def has_slots(count: int) -> None:
+    """The node has so many."""
+    op = {"op": "add", "path": "/status/capacity/" + SLOT.replace("/", "~1"), "value": str(count)}
+    kubectl("patch", "node", cluster.NODE, "--subresource=status", "--type=json", "-p", json.dumps([op]))
+    eventually(lambda: get("node", cluster.NODE)["status"]["allocatable"].get(SLOT) == str(count))
+
+
+@pytest.fixture
+def slots() -> Iterator[None]:
+    services.require_kubernetes()
+    has_slots(2)
+    yield
+    op = {"op": "remove", "path": "/status/capacity/" + SLOT.replace("/", "~1")}
+    kubectl("patch", "node", cluster.NODE, "--subresource=status", "--type=json", "-p", json.dumps([op]))
+
+
+@pytest.fixture
+def settings(own_space: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("KUBECONFIG", services.require_kubernetes())
+    options: dict[str, Any] = {"namespace": own_space, "advertise_address": cluster.ADDRESS}
+    image = services.cluster_image(services.worker_image())
+    return {"backend": "kubernetes", "image": image, "backend_options": options}
+
+
+def with_slot(settings: dict[str, Any]) -> dict[str, Any]:
+    spec = {"containers": [{"name": "worker", "resources": {"limits": {SLOT: "1"}}}]}
+    return {**settings, "backend_options": {**settings["backend_options"], "pod_template": {"spec": spec}}}
+
+
+def test_a_full_cluster_is_used_as_far_as_it_goes_and_stats_and_a_warning_say_so(
+    slots: None, settings: dict[str, Any], own_space: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FiberExecutor(4, **with_slot(settings)) as executor:
+        futures = [executor.submit(time.sleep, 1.0) for _ in range(30)]
+        eventually(lambda: (executor.stats().starting, executor.stats().started) == (2, 2))
+        eventually(lambda: f"Insufficient {SLOT}" in caplog.text)
+        pods = get("-n", own_space, "pods", "-l", "fiberexec.job")["items"]
+        assert len(pods) == executor.stats().workers == 4  # those that wait count: no other is asked for
+        assert not futures[-1].done()
+        has_slots(4)  # it grows
+        eventually(lambda: (executor.stats().starting, executor.stats().started) == (0, 4))
+        for future in futures:
+            future.result(60)
+        assert executor.stats().failed_launches == executor.stats().lost == 0
+
+
+def test_a_quota_is_used_as_far_as_it_goes(settings: dict[str, Any], own_space: str) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "small", "namespace": own_space}}
+    apply({**quota, "spec": {"hard": {"pods": "2"}}})
+    eventually(lambda: "pods" in get("-n", own_space, "resourcequota", "small").get("status", {}).get("hard", {}))
+    with pytest.warns(RuntimeWarning, match="exceeded quota: small"), FiberExecutor(4, **settings) as executor:
+        hosts = list(executor.map(where, [0.5] * 20, chunksize=1))
+        stats = executor.stats()
+    assert len({host for host, _ in hosts}) == 2 == stats.started
+    assert stats.failed_launches > 0
+
+
+def where(seconds: float) -> tuple[str, int]:
+    time.sleep(seconds)
+    return platform.node(), current_task().attempt
+
+
+def test_workers_that_are_not_needed_any_more_are_given_back(settings: dict[str, Any], own_space: str) -> None:
+    with FiberExecutor(3, min_workers=1, idle_timeout=1, **settings) as executor:
+        assert len({host for host, _ in executor.map(where, [1.0] * 9, chunksize=1)}) == 3
+        eventually(lambda: len(get("-n", own_space, "pods", "-l", "fiberexec.job")["items"]) == 1)
+        assert executor.stats().workers == 1
+
+
+@pytest.mark.parametrize("how", ["deleted", "drained", "preempted"])
+def test_the_grace_period_is_used_to_finish_what_runs_and_nobody_is_charged(
+    how: str, slots: None, settings: dict[str, Any], own_space: str
+) -> None:
+    if how == "preempted":
+        meta = {"name": f"high-{own_space}"}
+        apply({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": meta, "value": 1000})
+    with FiberExecutor(1, max_worker_losses=1, **with_slot(settings)) as executor:
+        host, _ = executor.submit(where, 0).result(100)
+        running = executor.submit(where, 6.0)
+        others = [executor.submit(where, 0.1) for _ in range(10)]
+        eventually(running.running)
+        if how == "deleted":
+            kubectl("-n", own_space, "delete", "pod", host, "--wait=false")
+        elif how == "drained":  # as kubectl drain does with each pod
+            eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": host}}
+            kubectl(
+                "create",
+                "--raw",
+                f"/api/v1/namespaces/{own_space}/pods/{host}/eviction",
+                "-f",
+                "-",
+                stdin=json.dumps(eviction),
+            )
+        else:
+            has_slots(1)
+            apply(intruder(own_space, settings["image"]))
+        assert running.result(60) == (host, 1)  # it was finished where it ran
+        if how == "preempted":
+            eventually(lambda: executor.stats().starting == 1)
+            kubectl("-n", own_space, "delete", "pod", "intruder", "--grace-period=1", "--wait=false")
+        found = [future.result(100) for future in others]
+        assert host not in {each for each, _ in found} and {attempt for _, attempt in found} == {1}
+        assert executor.stats().lost == 0
+    if how == "preempted":
+        kubectl("delete", "priorityclass", f"high-{own_space}")
+
+
+def intruder(space: str, image: str) -> dict[str, Any]:
+    """A pod that is more important than all others, and wants a slot."""
+    container = {
+        "name": "main",
+        "image": image,
+        "command": ["sleep", "600"],
+        "resources": {"limits": {SLOT: "1"}},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    person = {"runAsNonRoot": True, "runAsUser": 4321, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"priorityClassName": f"high-{space}", "containers": [container], "securityContext": person}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "intruder", "namespace": space}, "spec": spec}

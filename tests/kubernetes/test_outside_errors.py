@@ -1,0 +1,119 @@
+"""A driver outside the cluster that gets no outpost is told why."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import services
+
+from .conftest import apply, eventually, kubectl
+from .outside import Outside, left
+
+pytestmark = pytest.mark.timeout(240)
+
+
+FAILS = """
+from fiberexec import BrokenExecutor
+try:
+    with FiberExecutor(2, startup_timeout=15) as pool:
+        pool.submit(where).result()
+except BrokenExecutor as error:
+    say(f"{error} {error.__cause__}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("localhost:1/no/such:image", r"does not start: \w+Pull\w*: .*What to do: correct image="),
+        ("No/Name", r"does not start: InvalidImageName: .*What to do|is no name of an image"),
+        ("bare", r"fiberexec"),
+    ],
+)
+def test_an_outpost_that_cannot_start_says_why(image: str, expected: str, outside: Outside, own_space: str) -> None:
+    driver = outside(FAILS, image=services.cluster_image(services.bare_image()) if image == "bare" else image)
+    assert re.search(expected, driver.says(0), re.DOTALL)
+    assert driver.end() == 0
+    eventually(lambda: left(own_space) == [])
+
+
+def test_who_gives_up_an_outpost_that_does_not_start_does_not_wait_for_it(outside: Outside, own_space: str) -> None:
+    driver = outside(
+        """
+pool = FiberExecutor(2)
+future = pool.submit(where)
+sys.stdin.readline()
+pool.shutdown(cancel_futures=True)
+say(future.cancelled())
+""",
+        image="localhost:1/no/such:image",
+    )
+    eventually(lambda: "ErrImagePull" in driver.errors)  # the warning
+    driver.tell()
+    assert driver.says(0, 20) is True
+    assert driver.end() == 0
+    eventually(lambda: left(own_space) == [])
+
+
+def limited(space: str, folder: Path, rules: list[dict[str, Any]]) -> str:
+    """A kubeconfig for somebody who may do just this."""
+    apply(
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "me", "namespace": space}},
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "Role",
+            "metadata": {"name": "fiberexec", "namespace": space},
+            "rules": rules,
+        },
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": {"name": "fiberexec", "namespace": space},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "fiberexec"},
+            "subjects": [{"kind": "ServiceAccount", "name": "me", "namespace": space}],
+        },
+    )
+    token = kubectl("-n", space, "create", "token", "me")
+    config = json.loads(kubectl("config", "view", "--raw", "-o", "json"))
+    config["users"][0]["user"] = {"token": token}
+    path = folder / "kubeconfig"
+    path.write_text(json.dumps(config))
+    path.chmod(0o600)
+    return str(path)
+
+
+RULES: list[dict[str, Any]] = [
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "delete", "get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
+    {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]},
+]
+MORE: list[dict[str, Any]] = [
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "delete", "get"]},
+    {"apiGroups": [""], "resources": ["pods/portforward"], "verbs": ["create", "get"]},
+]
+
+
+def test_it_works_with_the_smallest_role(outside: Outside, own_space: str, tmp_path: Path) -> None:
+    driver = outside(
+        "with FiberExecutor(2) as pool:\n    say(pool.submit(where).result())",
+        kubeconfig=limited(own_space, tmp_path, RULES + MORE),
+    )
+    assert driver.says(0)[1].startswith("fx-")
+    assert driver.end() == 0
+    eventually(lambda: left(own_space) == [])
+
+
+@pytest.mark.parametrize(("rules", "missing"), [(RULES, "jobs"), (RULES + MORE[:1], "pods/portforward")])
+def test_who_lacks_a_right_is_told_which(
+    rules: list[dict[str, Any]], missing: str, outside: Outside, own_space: str, tmp_path: Path
+) -> None:
+    driver = outside(FAILS, kubeconfig=limited(own_space, tmp_path, rules))
+    said = driver.says(0)
+    assert f"{missing} in namespace {own_space}" in said and "pods/portforward], verbs: [create, get]" in said
+    assert driver.end() == 0
+    eventually(lambda: left(own_space) == [])

@@ -1,0 +1,121 @@
+"""A driver outside the cluster whose way there breaks, or is lost, and one that is killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import services
+from services import cluster, network
+
+from .conftest import eventually, kubectl
+from .outside import Driver, Outside, left
+
+pytestmark = pytest.mark.timeout(240)
+SERVER = ["-p", "tcp", "-d", cluster.ADDRESS, "-j", "REJECT", "--reject-with", "tcp-reset"]
+
+
+WORK = """
+with FiberExecutor(2, driver_timeout=60) as pool:
+    futures = [pool.submit(where, 1.0, number) for number in range({tasks})]
+    say(futures[0].result())
+    found = [future.result() for future in futures]
+    say(found)
+    say(pool.stats().lost)
+"""
+
+
+def check_that_nothing_was_lost(driver: Driver, tasks: int) -> None:
+    found = driver.says(1, 200)
+    assert [each[0] for each in found] == list(range(tasks))
+    assert {each[3] for each in found} == {1} and driver.says(2) == 0
+    assert len({(each[1], each[2]) for each in found}) <= 2  # no worker was started again
+    assert driver.end() == 0
+
+
+@pytest.mark.parametrize("how", ["drop", "cut", "reset"])
+def test_a_tunnel_that_is_broken_for_30_s_costs_nothing(how: str, outside: Outside, host: str) -> None:
+    driver = outside(WORK.format(tasks=70))
+    driver.says(0)
+    rule = ["iptables", "-w", "10", "{}", "OUTPUT", *SERVER]
+    if how == "reset":  # every connection to the server is refused
+        subprocess.run(services.in_host(host, *(part.format("-I") for part in rule)), check=True)
+    elif how == "cut":
+        network.link("cut", host)
+    else:
+        network.link("drop", host, network.DRIVER)
+    time.sleep(30.0)  # the outage itself
+    if how == "reset":
+        subprocess.run(services.in_host(host, *(part.format("-D") for part in rule)), check=True)
+    else:
+        network.link("restore", host)
+        network.link("only", host, cluster.ADDRESS)
+    check_that_nothing_was_lost(driver, 70)
+
+
+def test_a_stream_that_breaks_again_and_again_costs_nothing(outside: Outside, host: str) -> None:
+    driver = outside(WORK.format(tasks=30))
+    driver.says(0)
+    link = driver.link()
+    for _ in range(5):
+        before = connections(host, link)
+        assert before
+        for port in before:
+            rule = ["OUTPUT", "-p", "tcp", "--sport", port, "-j", "REJECT", "--reject-with", "tcp-reset"]
+            subprocess.run(services.in_host(host, "iptables", "-w", "10", "-I", *rule), check=True)
+        eventually(lambda before=before: bool(connections(host, link) - before))  # type: ignore[misc]
+    check_that_nothing_was_lost(driver, 30)
+
+
+def connections(host: str, pid: int) -> set[str]:
+    """The local ports of a process' connections with the API server."""
+    found = subprocess.run(
+        services.in_host(host, "ss", "-tnpH", "state", "established"), capture_output=True, text=True, check=True
+    )
+    lines = [line for line in found.stdout.splitlines() if f"pid={pid}," in line and cluster.ADDRESS in line]
+    return {match[1] for line in lines if (match := re.search(r"\S+:(\d+)\s+\S*" + re.escape(cluster.ADDRESS), line))}
+
+
+@pytest.mark.parametrize("what", ["outpost", "link"])
+def test_an_outpost_that_is_lost_is_replaced_and_the_work_moves_without_a_charge(
+    what: str, outside: Outside, own_space: str
+) -> None:
+    driver = outside("""
+with FiberExecutor(2, driver_timeout=15) as pool:
+    futures = [pool.submit(where, 1.0, number) for number in range(20)]
+    say(futures[0].result())
+    say([future.result() for future in futures])
+""")
+    driver.says(0)
+    if what == "outpost":
+        kubectl("-n", own_space, "delete", "pod", "-l", "fiberexec.role=outpost", "--wait=false")
+    else:
+        os.kill(driver.link(), signal.SIGKILL)
+    assert [each[0] for each in driver.says(1, 150)] == list(range(20))
+    assert driver.end() == 0
+    eventually(lambda: left(own_space) == [])
+
+
+@pytest.mark.parametrize("what", ["driver", "everything", "laptop"])
+def test_nothing_is_left_of_a_program_that_was_killed(what: str, outside: Outside, host: str, own_space: str) -> None:
+    driver = outside("""
+with FiberExecutor(2, driver_timeout=10) as pool:
+    say(pool.submit(where).result())
+    pool.submit(where, 1000.0)
+    pool.submit(where, 1000.0)
+    time.sleep(1000)
+""")
+    driver.says(0)
+    pids = [driver.process.pid] if what == "driver" else driver.processes()
+    if what == "laptop":  # it is closed: nothing of it is heard any more
+        network.link("drop", host)
+        os.kill(driver.process.pid, signal.SIGSTOP)
+    else:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    # The outpost waits for driver_timeout and 10 s; its Job stays for 10 s; then the cluster collects what it owned.
+    eventually(lambda: left(own_space) == [], 60)
