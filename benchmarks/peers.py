@@ -43,7 +43,7 @@ class Peer:
 
     def warm(self, workers: int, limit: float = 60.0) -> None:
         """Run tasks until every worker has answered; raise TimeoutError after ``limit`` seconds."""
-        seen: set[int] = set()
+        seen: set[tuple[str, int]] = set()
         pause, end = 0.02, time.monotonic() + limit
         while len(seen) < workers:
             if time.monotonic() > end:

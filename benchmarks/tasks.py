@@ -28,7 +28,7 @@ def nap(seconds: float) -> float:
     return time.perf_counter() - start
 
 
-def whoami(pause: float) -> int:
-    """Sleep, so that every worker gets its share, and return this process's id."""
+def whoami(pause: float) -> tuple[str, int]:
+    """Sleep, so that every worker gets its share, and return this process's host and id."""
     time.sleep(pause)
-    return os.getpid()
+    return os.uname().nodename, os.getpid()

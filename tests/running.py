@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import fiberexec
@@ -18,6 +18,46 @@ import fiberexec
 ROOT = str(Path(fiberexec.__file__).parents[1])
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEADLINE = 90.0  # seconds, for what takes a few where nothing else runs
+
+# A program with two workers that both have something to do, until it is interrupted.
+WORKS = """
+import sys, time
+from fiberexec import FiberExecutor
+with FiberExecutor(2) as ex:
+    tasks = [ex.submit(time.sleep, 1000) for _ in range(2)]
+    while sum(worker.state == "busy" for worker in ex.workers()) < 2:
+        time.sleep(0.05)
+    print("up", flush=True)
+    tasks[0].result()
+"""
+# The ancestor's example, with its number of samples. Its workers ask for less, so that all four find a place on one machine.
+PI = """
+import random
+import fiberexec
+import fiberexec.mp
+
+@fiberexec.meta(cpu=0.1)
+def inside(p):
+    x, y = random.random(), random.random()
+    return x * x + y * y < 1
+
+def main():
+    NUM_SAMPLES = int(1e6)
+    pool = fiberexec.mp.Pool(processes=4)
+    count = sum(pool.map(inside, range(0, NUM_SAMPLES)))
+    print("Pi is roughly {}".format(4.0 * count / NUM_SAMPLES))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + DEADLINE
+    while not holds():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.1)
 
 
 class Runner:

@@ -7,26 +7,14 @@ import os
 import pwd
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import DEADLINE, EXAMPLES, Runner
+from running import DEADLINE, EXAMPLES, PI, WORKS, Runner, until
 from services import bare_image, require_docker, worker_image
 
 pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
-
-WAITS = """
-import sys, time
-from fiberexec import FiberExecutor
-with FiberExecutor(2) as ex:
-    tasks = [ex.submit(time.sleep, 1000) for _ in range(2)]
-    while sum(worker.state == "busy" for worker in ex.workers()) < 2:
-        time.sleep(0.05)
-    print("up", flush=True)
-    tasks[0].result()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +26,7 @@ def image() -> str:
 @pytest.fixture
 def fx(tmp_path: Path, image: str) -> Iterator[Runner]:
     runner = Runner(tmp_path, FIBEREXEC_IMAGE=image)
-    runner.program("waits.py", WAITS)
+    runner.program("works.py", WORKS)
     yield runner
     for one in docker("ps", "-aq", "--filter", "label=fiberexec.role=driver", "--filter", "name=run-test-").split():
         docker("rm", "-f", one)
@@ -58,13 +46,6 @@ def family(name: str) -> list[str]:
     """The containers of a program and of its workers."""
     rows = docker("ps", "-a", "--format", '{{.Names}} {{.Label "fiberexec.driver"}}').splitlines()
     return [row.split()[0] for row in rows if row.endswith(f"@{name}")]
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not holds():
-        assert time.monotonic() < end, "it never came to hold"
-        time.sleep(0.1)
 
 
 def test_the_program_runs_with_its_code_and_its_exit_code_comes_back(fx: Runner) -> None:
@@ -103,32 +84,13 @@ def test_the_ancestors_command_works_with_a_dockerfile_like_the_ancestors(fx: Ru
 KILLS = """
 import os
 for pid in filter(str.isdecimal, os.listdir("/proc")):
-    if open(f"/proc/{pid}/cmdline").read().startswith("python3\\0waits.py"):
+    if open(f"/proc/{pid}/cmdline").read().startswith("python3\\0works.py"):
         os.kill(int(pid), 9)
-"""
-PI = """
-import random
-import fiberexec
-import fiberexec.mp
-
-@fiberexec.meta(cpu=1)
-def inside(p):
-    x, y = random.random(), random.random()
-    return x * x + y * y < 1
-
-def main():
-    NUM_SAMPLES = int(1e3)
-    pool = fiberexec.mp.Pool(processes=4)
-    count = sum(pool.map(inside, range(0, NUM_SAMPLES)))
-    print("Pi is roughly {}".format(4.0 * count / NUM_SAMPLES))
-
-if __name__ == "__main__":
-    main()
 """
 
 
 def test_only_the_program_has_the_engines_socket_and_nothing_secret_is_to_be_seen(fx: Runner) -> None:
-    command = fx.begin(*run("--name", "run-test-secret", "--env", "TOKEN=hush-hush"), "python3", "waits.py")
+    command = fx.begin(*run("--name", "run-test-secret", "--env", "TOKEN=hush-hush"), "python3", "works.py")
     command.expect("up")
     told = json.loads(docker("inspect", *family("run-test-secret")))
     assert len(told) == 3
@@ -146,7 +108,7 @@ def test_only_the_program_has_the_engines_socket_and_nothing_secret_is_to_be_see
 
 
 def test_a_program_that_is_killed_takes_its_workers_along(fx: Runner) -> None:
-    command = fx.begin(*run("--name", "run-test-killed"), "python3", "waits.py")
+    command = fx.begin(*run("--name", "run-test-killed"), "python3", "works.py")
     command.expect("up")
     docker("exec", "run-test-killed", "python3", "-c", KILLS)
     command.end(137)
@@ -154,14 +116,14 @@ def test_a_program_that_is_killed_takes_its_workers_along(fx: Runner) -> None:
 
 
 def test_detach_attach_and_files(fx: Runner, tmp_path: Path) -> None:
-    assert fx(*run("--detach", "--name", "run-test-apart"), "python3", "waits.py", code=0).stdout == "run-test-apart\n"
+    assert fx(*run("--detach", "--name", "run-test-apart"), "python3", "works.py", code=0).stdout == "run-test-apart\n"
     until(lambda: "up" in fx("logs", "--backend", "docker", "run-test-apart", code=0).stdout)
     (tmp_path / "in.txt").write_text("in")
     fx("cp", "in.txt", "run-test-apart:", code=0)
     fx("cp", "run-test-apart:in.txt", "out.txt", code=0)
     assert (tmp_path / "out.txt").read_text() == "in"
     fx("cp", "run-test-apart:.", "folder", code=0)
-    assert (tmp_path / "folder" / "waits.py").read_text() == WAITS
+    assert (tmp_path / "folder" / "works.py").read_text() == WORKS
     assert "no file or folder /fiberexec-run/code/nowhere" in fx("cp", "run-test-apart:nowhere", ".", code=1).stderr
     assert "run-test-apart" in fx("ps", "--backend", "docker").stdout
     again = fx.begin("attach", "--backend", "docker", "run-test-apart")
@@ -172,7 +134,7 @@ def test_detach_attach_and_files(fx: Runner, tmp_path: Path) -> None:
 
 
 def test_kill_ends_program_and_workers(fx: Runner) -> None:
-    command = fx.begin(*run("--name", "run-test-kill"), "python3", "waits.py")
+    command = fx.begin(*run("--name", "run-test-kill"), "python3", "works.py")
     command.expect("up")
     fx("kill", "--backend", "docker", "run-test-kill", code=0)
     until(lambda: not family("run-test-kill"))
@@ -188,12 +150,6 @@ def test_more_memory_than_allowed_is_told(fx: Runner) -> None:
 
 def test_what_an_image_lacks_is_said(fx: Runner) -> None:
     fx.env["FIBEREXEC_IMAGE"] = bare_image()
-    done = fx(*run("--name", "run-test-bare"), "python3", "waits.py")
+    done = fx(*run("--name", "run-test-bare"), "python3", "works.py")
     assert done.returncode == 1
     assert "has no fiberexec" in done.stderr and "pip install" in done.stderr
-
-
-def test_a_name_that_is_taken_is_an_error(fx: Runner) -> None:
-    fx(*run("--detach", "--name", "run-test-twice"), "python3", "waits.py", code=0)
-    assert "already: give another --name" in fx(*run("--name", "run-test-twice"), "true", code=1).stderr
-    fx("kill", "--backend", "docker", "run-test-twice", code=0)

@@ -3,54 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import clusters
 import pytest
-from running import DEADLINE, EXAMPLES, Runner
-from services import cluster, cluster_image, require_kubernetes, require_registry, worker_image
+from clusters import kubectl
+from running import EXAMPLES, PI, WORKS, Runner, until
+from services import cluster_image, require_kubernetes, require_registry, worker_image
 
 pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
-
-WAITS = """
-import sys, time
-from fiberexec import FiberExecutor
-with FiberExecutor(2) as ex:
-    tasks = [ex.submit(time.sleep, 1000) for _ in range(2)]
-    while sum(worker.state == "busy" for worker in ex.workers()) < 2:
-        time.sleep(0.05)
-    print("up", flush=True)
-    tasks[0].result()
-"""
-PI = """
-import random
-import fiberexec
-import fiberexec.mp
-
-@fiberexec.meta(cpu=0.1)
-def inside(p):
-    x, y = random.random(), random.random()
-    return x * x + y * y < 1
-
-def main():
-    NUM_SAMPLES = int(1e3)
-    pool = fiberexec.mp.Pool(processes=4)
-    count = sum(pool.map(inside, range(0, NUM_SAMPLES)))
-    print("Pi is roughly {}".format(4.0 * count / NUM_SAMPLES))
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-def kubectl(*arguments: str, stdin: str | None = None) -> str:
-    command = [str(cluster.HERE / "bin" / "kubectl"), "--kubeconfig", require_kubernetes(), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, input=stdin)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +23,16 @@ def image() -> str:
 
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace of the test's own; with a parameter, one that enforces that Pod Security Standard."""
-    require_kubernetes()
-    name = f"fx-run-{os.getpid()}-{time.monotonic_ns() % 10**6}"
-    kubectl("create", "namespace", name)
-    try:
-        if level := getattr(request, "param", ""):
-            kubectl("label", "namespace", name, f"pod-security.kubernetes.io/enforce={level}")
+    """One of the test's own; with a parameter, it enforces that Pod Security Standard."""
+    with clusters.namespace(getattr(request, "param", "privileged")) as name:
         yield name
-    finally:
-        kubectl("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture
 def fx(tmp_path: Path, image: str, namespace: str) -> Runner:
     runner = Runner(tmp_path, FIBEREXEC_IMAGE=image, KUBECONFIG=require_kubernetes(), FIBEREXEC_BACKEND="kubernetes")
     runner.env["FIBEREXEC_BACKEND_OPTIONS"] = json.dumps({"namespace": namespace})
-    runner.program("waits.py", WAITS)
+    runner.program("works.py", WORKS)
     return runner
 
 
@@ -85,13 +40,6 @@ def left(namespace: str) -> str:
     """Pods, Jobs and Secrets that are there, and not about to go."""
     found = json.loads(kubectl("-n", namespace, "get", "pods,jobs,secrets", "-o", "json"))["items"]
     return " ".join(one["metadata"]["name"] for one in found)
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not holds():
-        assert time.monotonic() < end, "it never came to hold"
-        time.sleep(0.2)
 
 
 def test_the_program_runs_with_its_code_and_its_exit_code_comes_back(fx: Runner, namespace: str) -> None:
@@ -127,7 +75,7 @@ def test_the_ancestors_command_works_with_a_dockerfile_like_the_ancestors(fx: Ru
 
 
 def test_detach_attach_and_files_and_nothing_secret_is_to_be_seen(fx: Runner, namespace: str, tmp_path: Path) -> None:
-    fx("run", "--detach", "--name", "apart", "--env", "TOKEN=hush-hush", "python3", "waits.py", code=0)
+    fx("run", "--detach", "--name", "apart", "--env", "TOKEN=hush-hush", "python3", "works.py", code=0)
     until(lambda: "up" in fx("logs", "--backend", "kubernetes", "apart", code=0).stdout)
     told = kubectl("-n", namespace, "get", "pods,jobs", "-o", "json")
     assert len(json.loads(told)["items"]) == 4
@@ -137,7 +85,7 @@ def test_detach_attach_and_files_and_nothing_secret_is_to_be_seen(fx: Runner, na
     fx("cp", "apart:in.txt", "out.txt", code=0)
     assert (tmp_path / "out.txt").read_text() == "in"
     fx("cp", "apart:.", "folder", code=0)
-    assert (tmp_path / "folder" / "waits.py").read_text() == WAITS
+    assert (tmp_path / "folder" / "works.py").read_text() == WORKS
     assert "No such file" in fx("cp", "apart:nowhere", ".", code=1).stderr
     again = fx.begin("attach", "--backend", "kubernetes", "apart")
     again.expect("up")
@@ -147,7 +95,7 @@ def test_detach_attach_and_files_and_nothing_secret_is_to_be_seen(fx: Runner, na
 
 
 def test_kill_ends_program_and_workers(fx: Runner, namespace: str) -> None:
-    command = fx.begin("run", "--name", "killed", "python3", "waits.py")
+    command = fx.begin("run", "--name", "killed", "python3", "works.py")
     command.expect("up")
     fx("kill", "--backend", "kubernetes", "killed", code=0)
     command.end(137, 143)  # the second if its end was seen before it was gone
@@ -166,7 +114,7 @@ def test_a_restricted_namespace_takes_what_has_a_user_and_says_so_of_what_has_no
 
 def test_without_an_image_or_a_registry_it_says_what_to_give(fx: Runner) -> None:
     del fx.env["FIBEREXEC_IMAGE"]
-    assert "--registry says where" in fx("run", "python3", "waits.py", code=1).stderr
+    assert "--registry says where" in fx("run", "python3", "works.py", code=1).stderr
 
 
 def test_rights_can_be_applied_as_they_are_printed(fx: Runner, namespace: str) -> None:

@@ -9,6 +9,7 @@ from fiberexec._errors import FiberError
 
 _PIECE = 1 << 16
 _LONGEST = 600.0  # seconds that one command may take
+_STATUS = 3  # the channel that says how it ended
 
 
 class Exec:
@@ -51,13 +52,13 @@ class Exec:
                         errors.append(channel.read_stderr(timeout=0))
                     out.append(channel.read_stdout(timeout=0))
                     errors.append(channel.read_stderr(timeout=0))
-                    code = channel.returncode
+                    failure = _failure(channel.read_channel(_STATUS))
                 finally:
                     channel.close()
         except Exception as error:
             raise FiberError(f"Kubernetes: a command cannot be run in pod {pod}: {_said(error, self._namespace)}") from error
-        if code:
-            raise FiberError(f"Kubernetes: in pod {pod}: {''.join(errors).strip() or f'exit code {code}'}")
+        if failure:
+            raise FiberError(f"Kubernetes: in pod {pod}: {''.join(errors).strip() or failure}")
         return "".join(out).encode()
 
     def _client(self, client: Any) -> Any:
@@ -67,6 +68,19 @@ class Exec:
             config.load_incluster_config(client_configuration=configuration)
             return client.ApiClient(configuration)
         return config.new_client_from_config(context=self._context)
+
+
+def _failure(status: str) -> str:
+    """What went wrong, as the cluster says it; "" if nothing did. What the kubelet cannot do is no exit code."""
+    import json
+
+    try:
+        told = json.loads(status)
+    except ValueError:
+        return " ".join(status.split()) or "the connection broke"
+    if told.get("status") == "Success":
+        return ""
+    return str(told.get("message") or "it failed")
 
 
 def _said(error: Exception, namespace: str) -> str:

@@ -191,7 +191,11 @@ class KubernetesPlace:
             return
         pod = self._pod(name)
         if pod is not None and pods.is_running(pod):
-            self._exec(pods.name(pod), "signal", str(number))
+            try:
+                self._exec(pods.name(pod), "signal", str(number))
+            except FiberError as error:
+                if "container not found" not in str(error):  # else it has just ended
+                    raise
 
     def remove(self, name: str) -> None:
         self._delete(name, 1)
