@@ -142,7 +142,7 @@ class Launcher:
                 "certificate": certificate,
                 "key": key,
                 "driver_timeout": settings.driver_timeout,
-                "env": dict(settings.env),
+                "env": {**_same_place(told), **settings.env},
                 "shipped": "".join(settings.ship),
                 "workers": settings.workers_per_job,
             }
@@ -165,6 +165,15 @@ class Launcher:
         if place is not None:
             place.backend.terminate([job])
 
+    def _explain(self, job: str) -> None:
+        """Why is a job not there yet?"""
+        place = self._jobs.get(job)
+        try:
+            text = place.backend.explain(job) if place is not None else "its start is being prepared"
+        except Exception as error:
+            text = repr(error)
+        self._post("explained", job, text)
+
     def _code(self, request: int, name: str) -> None:
         from fiberexec import _bundle
 
@@ -176,11 +185,11 @@ class Launcher:
 
     def _ended(self, found: list[JobEnded]) -> None:
         """What watch() of a backend reports."""
-        for job, exit in found:
+        for job, exit, final in found:
             place = self._jobs.pop(job, None)
             self._wanted.discard(job)
             if place is not None:
-                self._post("ended", job, tuple(exit))
+                self._post("ended", job, tuple(exit), final)
                 self._in_thread(place.backend.terminate, [job])  # what is left of it
 
     def _post(self, op: str, *args: object) -> None:
@@ -214,6 +223,17 @@ class Launcher:
                 path = [folder for folder in sys.path if folder]
                 place.port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
         return [f"tls+tcp://{address}" for address in place.backend.reach(place.port, self.program)]
+
+
+def _same_place(told: tuple[str, dict[str, Any]]) -> dict[str, str]:
+    """The variables by which what a task starts runs where its own job does, unless it says otherwise."""
+    name, values = told
+    found = {"FIBEREXEC_BACKEND": name}
+    if values.get("image"):
+        found["FIBEREXEC_IMAGE"] = values["image"]
+    if values.get("backend_options"):
+        found["FIBEREXEC_BACKEND_OPTIONS"] = json.dumps(values["backend_options"])
+    return found
 
 
 def _sweep(backend: JobBackend) -> None:

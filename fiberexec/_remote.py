@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import sys
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 from fiberexec import _bundle, _config, _platform
@@ -34,6 +35,8 @@ from fiberexec.backends.base import (
 )
 
 _CLOSE_TIMEOUT = 60.0  # seconds that the ends of all jobs may take
+_WARN_AFTER = 30.0  # seconds without a job that was asked for; then the user hears what is known of it
+_EARLY = 5.0  # seconds, or a tenth, of startup_timeout before its end: then why there is no job is asked for the last time
 
 
 class Elsewhere:
@@ -70,11 +73,17 @@ class RemoteBackend:
         self._events: Any = None  # the channel by which they come
         self._found: list[JobEvent] = []
         self._workers: dict[int, bool] = {}  # those that have not ended: whether they have started
+        patience = settings.startup_timeout
+        last = patience - min(_EARLY, patience / 10)
+        self._glances = (min(_WARN_AFTER, last / 2), last)  # seconds after which it is asked why there is no job yet
+        self._starting: dict[int, float] = {}  # workers that have not started: since when
+        self._asked = (0, 0)  # how often, and about which of them
         self._cells: dict[int, Cell] = {}
         self._lost: BaseException | None = None
 
     def launch(self, workers: Sequence[int]) -> None:
         self._workers.update(dict.fromkeys(workers, False))
+        self._starting.update(dict.fromkeys(workers, monotonic()))
         try:
             if self._events is None:
                 self._begin()
@@ -130,13 +139,27 @@ class RemoteBackend:
             self._cells.update((worker, Cell(*cell)) for worker, cell in found if worker in self._workers)
 
     def wakeup(self) -> float | None:
+        for worker, since in self._starting.items():  # the first: what holds it up holds up the others
+            times, of = self._asked
+            if of != worker:
+                times, self._asked = 0, (0, worker)
+            return since + self._glances[times] if times < len(self._glances) else None
         return None
+
+    def _ask(self) -> None:
+        """Ask why a job is not there yet, if it is time to. The answer comes as an event."""
+        due = self.wakeup()
+        if due is not None and monotonic() >= due:
+            times, worker = self._asked
+            self._asked = times + 1, worker
+            self._post("explain", worker)
 
     def fds(self) -> Sequence[int]:
         return () if self._events is None else (self._events.stream.fileno(),)
 
     def poll(self) -> list[JobEvent]:
         if self._events is not None:
+            self._ask()
             try:
                 while True:
                     for _, body, _ in self._events.stream.receive():
@@ -155,6 +178,11 @@ class RemoteBackend:
         worker, *rest = args
         if worker not in self._workers:
             return
+        if verb == "explained":
+            self._explained(worker, *rest)
+            return
+        if verb != "probed":
+            self._starting.pop(worker, None)
         if verb == "started":
             pid, host, job, _, _, _, _, size, devices = rest
             assert self._hub is not None
@@ -180,12 +208,28 @@ class RemoteBackend:
         elif verb == "recalled":
             self._found.append(Recalled(worker, *rest))
 
+    def _explained(self, worker: int, text: str) -> None:
+        """What is known of a job that is not there yet."""
+        since = self._starting.get(worker)
+        if since is None:
+            return
+        waited = monotonic() - since
+        said = f"there is no worker yet after {waited:.0f} s: {text or 'nobody knows why'}"
+        if waited >= self._glances[-1]:
+            self.signal(worker, 9, True)
+            self._refuse(worker, LaunchError(f"{said} (startup_timeout is over)", final=True), True)
+        else:
+            import logging
+
+            logging.getLogger("fiberexec").warning("%s: %s", self.name, said)
+
     def _narrowed(self, size: Resources) -> Resources:
         """What a job has, or was asked for."""
         asked = self.largest.capacity
         return Resources(min(size.cpu, asked.cpu), min(size.memory, asked.memory), min(size.gpu, asked.gpu))
 
     def _refuse(self, worker: int, error: BaseException, final: bool) -> None:
+        self._starting.pop(worker, None)
         if self._workers.pop(worker, None) is not None:
             self._found.append(Refused(worker, error, final))
 

@@ -85,13 +85,17 @@ class Launcher(Shared):
         self.tell("code", request, name)
         return PARKED
 
+    def do_explained(self, peer: Peer, job: str, text: str) -> None:
+        for found in self._find(job):
+            found.explained(text)
+
     def do_failed(self, peer: Peer, job: str, text: str, final: bool) -> None:
         for found in self._find(job):
             found.fail(text, final)
 
-    def do_ended(self, peer: Peer, job: str, exit: tuple[Any, ...]) -> None:
+    def do_ended(self, peer: Peer, job: str, exit: tuple[Any, ...], final: str) -> None:
         for found in self._find(job):
-            found.end(exit)
+            found.end(exit, final)
 
     def _find(self, job: str) -> list[Job]:
         return [fleet.jobs[job] for fleet in self.fleets if job in fleet.jobs]
@@ -190,6 +194,12 @@ class Fleet(Shared):
             job.link.say("signal", worker, number, group)
         elif job is not None and number == 9:
             job.give_up(worker)
+
+    def do_explain(self, peer: Peer, worker: int) -> None:
+        """Why is there no worker yet? "explained" follows, if there is still none then."""
+        job = self._job_of(worker)
+        if job is not None:
+            self.launcher.tell("explain", job.id)
 
     def do_probe(self, peer: Peer, worker: int) -> None:
         self._say(worker, "probe", worker)

@@ -145,12 +145,12 @@ class Job:
             self._refuse(worker, text, final)
         self._forget()
 
-    def end(self, exit: tuple[Any, ...]) -> None:
-        """Nothing of the job runs any more."""
+    def end(self, exit: tuple[Any, ...], final: str = "") -> None:
+        """Nothing of the job runs any more. ``final`` is why no other can do better, "" if one may."""
         if self.ended:
             return
         if self.hello is None:
-            self.fail(_explain(self.id, exit), False)
+            self.fail(final or _explain(self.id, exit), bool(final))
             return
         self.ending = self.ended = True
         exit = self._judged(exit)
@@ -171,6 +171,14 @@ class Job:
         if code == ABANDONED:
             return code, "the hub was out of its reach", log, True
         return code, reason, log, infrastructure
+
+    def explained(self, text: str) -> None:
+        """What is known of a job that has not shown up."""
+        if self.hello is not None:
+            text = f"the agent of job {self.id} is there, and its worker is being started"
+        for worker, found in self.workers.items():
+            if not found.started:
+                self.fleet.tell("explained", worker, text)
 
     def give_up(self, worker: int) -> None:
         """A worker that has not started is not wanted any more."""

@@ -168,10 +168,11 @@ class Job(NamedTuple):
 
 
 class JobEnded(NamedTuple):
-    """A fact: nothing of the job runs any more."""
+    """A fact: nothing of the job runs any more. ``final`` says why no other job can do better, "" if one may."""
 
     job: str
     exit: Exit = Exit()
+    final: str = ""
 
 
 @runtime_checkable

@@ -249,27 +249,27 @@ class DockerBackend:
                     doubtful[job] = outage = True  # was it somebody, or is the engine being stopped?
                     self._engine.must_be_open()
                     outage = False
-                exit = self._end_of(client, job, known, outage) if known is not None else None
+                end = self._end_of(client, job, known, outage) if known is not None else None
             except Exception as error:
                 _logger.debug("Docker does not say how %s is: %r", job, error)
                 if errors.is_outage(error):
                     break  # all of them stay in doubt
                 continue
             del doubtful[job]
-            if exit is not None:
+            if end is not None:
                 with self._lock:
                     self._jobs.pop(job, None)
-                ended.append(JobEnded(job, exit))
+                ended.append(end)
         return ended
 
-    def _end_of(self, client: Any, job: str, known: _Known, outage: bool) -> Exit | None:
-        """How a job ended, None if it has not. Its container is removed."""
+    def _end_of(self, client: Any, job: str, known: _Known, outage: bool) -> JobEnded | None:
+        """A job's end, None if it has not ended. Its container is removed."""
         try:
             state = client.api.inspect_container(job)["State"]
         except sdk().NotFound:
             text = "" if known.unwanted else "its container was removed by somebody"
             self._remember(job, text)
-            return Exit(_signed(known.code), "" if known.unwanted else "Removed", text)
+            return JobEnded(job, Exit(_signed(known.code), "" if known.unwanted else "Removed", text))
         if state.get("Running") or state.get("Paused") or state.get("Restarting") or state.get("Status") == "created":
             return None
         code = int(state.get("ExitCode", 0))
@@ -284,12 +284,14 @@ class DockerBackend:
             limit = f" of {self._memory / 2**20:g} MiB" if self._memory else ""
             text = f"container {job} took more memory than its limit{limit}: the whole job was killed; give it more (memory=)"
             self._remember(job, text)
-            return Exit(-9, "OOMKilled", f"{log}{text}\n")
+            return JobEnded(job, Exit(-9, "OOMKilled", f"{log}{text}\n"))
         if outage and code in _STOPPED and not known.unwanted:
             self._remember(job, "the Docker engine was stopped")
-            return Exit(_signed(code), "EngineStopped", log, infrastructure=True)
+            return JobEnded(job, Exit(_signed(code), "EngineStopped", log, infrastructure=True))
         reason = self._judge(job, known, code, log, bool(state.get("OOMKilled")))
-        return Exit(_signed(code), "", f"{log}{reason}\n" if reason else log)
+        if not reason:
+            return JobEnded(job, Exit(_signed(code), "", log))
+        return JobEnded(job, Exit(_signed(code), "", f"{log}{reason}\n"), f"Docker: {self._explained[job]}")
 
     def _see_off(self, now: float) -> None:
         """Remove the containers that have been there for long enough since they ended."""
@@ -305,7 +307,7 @@ class DockerBackend:
                 self._leaving.pop(job, None)  # close() may have been faster
 
     def _judge(self, job: str, known: _Known, code: int, log: str, memory: bool) -> str:
-        """What a container that ended by itself says about its image; "" for nothing."""
+        """Why no other container of its image can do better than one that ended by itself; "" if one may."""
         image = known.image
         if image is None or known.unwanted:
             return ""

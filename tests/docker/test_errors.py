@@ -122,6 +122,8 @@ def test_an_image_without_fiberexec_says_the_line_to_add(place: Callable[..., Pl
     job = Job(f"{one.program}-1", one.program, ("python", "-m", "fiberexec._agent", "-"), b"{}")
     one.backend.start(job)
     assert LINE in one.end(job.id).log and LINE in one.backend.explain(job.id)
+    [ended] = one.ended
+    assert LINE in ended.final and "No module named 'fiberexec'" in ended.final  # nobody has to start a second one for that
     error = refused(one, 2)
     assert error.final and LINE in str(error) and "No module named 'fiberexec'" in str(error)
 
@@ -143,6 +145,7 @@ def test_containers_that_all_end_at_once_prove_that_the_image_is_no_good(place: 
     one = place()
     for number in range(3):
         one.end(one.start(number, "raise SystemExit('cannot read /etc/something')"))
+    assert [bool(ended.final) for ended in one.ended] == [False, False, True]
     error = refused(one, 4)
     assert error.final and "end at once" in str(error) and "cannot read /etc/something" in str(error)
 

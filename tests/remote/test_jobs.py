@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
+from tenacity import Retrying, stop_after_attempt
 
 import fiberexec
 from fiberexec import BrokenExecutor, ConfigError, FiberExecutor, LaunchError
-from fiberexec.backends.base import Job
+from fiberexec.backends.base import Exit, Job, JobEnded
 from fiberexec.testing._agents import AgentBackend
 
 LIMIT = 60.0
@@ -100,16 +101,44 @@ def test_an_executor_that_ends_while_its_jobs_start_leaves_none(jobs: Any, until
 
 def test_a_job_that_exits_at_once_says_its_last_words(make: Any) -> None:
     says = "import sys; print('the licence server is away', file=sys.stderr); sys.exit(9)"
-    executor = make(1, backend_options={"prefix": [sys.executable, "-c", says]}, startup_timeout=3)
+    twice = Retrying(stop=stop_after_attempt(2), reraise=True)
+    executor = make(1, backend_options={"prefix": [sys.executable, "-c", says]}, launch_retry=twice)
     error = executor.submit(int).exception(LIMIT)
     assert isinstance(error, BrokenExecutor)
     assert "the licence server is away" in str(error) and "9" in str(error), error
 
 
-def test_a_job_that_never_shows_up_is_given_up_after_startup_timeout(make: Any, jobs: Any) -> None:
+def test_a_job_whose_end_proves_that_no_other_can_do_better_is_the_last(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "the image has no fiberexec: RUN pip install fiberexec"
+    monkeypatch.setattr(
+        AgentBackend, "_wait", lambda backend, job, process: backend._ended.put(JobEnded(job, Exit(process.wait()), said))
+    )
+    executor = make(1, backend_options={"prefix": [sys.executable, "-c", "raise SystemExit(1)"]})
+    error = executor.submit(int).exception(10)
+    assert isinstance(error, BrokenExecutor) and str(error.__cause__) == said
+    assert executor.stats().failed_launches == 1
+
+
+def test_a_job_that_never_shows_up_is_given_up_after_startup_timeout_with_what_is_known_of_it(
+    make: Any, jobs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     jobs.silent = True
-    executor = make(1, startup_timeout=1)
+    monkeypatch.setattr(AgentBackend, "explain", lambda backend, job: f"{job} waits for a node")
+    began = time.monotonic()
+    executor = make(1, startup_timeout=8)
     error = executor.submit(int).exception(LIMIT)
+    assert isinstance(error, BrokenExecutor) and "startup_timeout" in str(error)
+    assert "waits for a node" in str(error.__cause__)
+    assert time.monotonic() - began > 7
+    assert "waits for a node" in caplog.text  # in half the time already
+
+
+def test_a_job_that_nobody_can_explain_is_given_up_after_startup_timeout(
+    make: Any, jobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.silent = True
+    monkeypatch.setattr(AgentBackend, "explain", lambda backend, job: time.sleep(5))
+    error = make(1, startup_timeout=1).submit(int).exception(LIMIT)
     assert isinstance(error, BrokenExecutor) and "startup_timeout" in str(error)
 
 
