@@ -221,7 +221,16 @@ class Launcher:
                 hosts = place.backend.advertise()
                 tls = self._authority.ca, certificate, key
                 path = [folder for folder in sys.path if folder]
-                place.port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
+                try:
+                    place.port = client.call("listen", self.id, hosts[0], tls, path, told, hub=self._hub)
+                except HubLost:
+                    raise
+                except OSError as error:
+                    raise LaunchError(
+                        f"{error}. What to do: the first advertise_address must be one of this host's own; behind it may be "
+                        "others, by which jobs reach this host",
+                        final=True,
+                    ) from error
         return [f"tls+tcp://{address}" for address in place.backend.reach(place.port, self.program)]
 
 

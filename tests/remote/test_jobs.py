@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +19,7 @@ from tenacity import Retrying, stop_after_attempt
 
 import fiberexec
 from fiberexec import BrokenExecutor, ConfigError, FiberExecutor, LaunchError
+from fiberexec._hub.launch import DOOR
 from fiberexec.backends.base import Exit, Job, JobEnded
 from fiberexec.testing._agents import AgentBackend
 
@@ -70,6 +74,14 @@ def test_a_launch_that_fails_is_tried_again_unless_that_is_final(make: Any, monk
     monkeypatch.setattr(AgentBackend, "start", refuses)
     error = make(1).submit(int).exception(10)
     assert isinstance(error, BrokenExecutor) and "no such image; build it" in str(error)
+
+
+def test_an_address_that_is_not_this_hosts_is_said_at_once() -> None:
+    elsewhere = "192.0.2.1"  # of nobody: kept for documentation
+    with FiberExecutor(1, backend="agents", backend_options={"address": elsewhere}) as executor:
+        error = executor.submit(int).exception(LIMIT)
+    assert isinstance(error, BrokenExecutor), error
+    assert elsewhere in str(error.__cause__) and "one of this host's own" in str(error.__cause__)
 
 
 def test_a_slow_start_holds_up_no_other(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +252,30 @@ def test_a_driver_that_holds_the_gil_for_longer_than_driver_timeout_loses_nothin
     future = executor.submit(os.getpid)
     ctypes.PyDLL(None).sleep(4)
     assert future.result(LIMIT) == before == executor.submit(os.getpid).result(LIMIT)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes another process' limits")
+def test_an_agent_without_a_descriptor_to_spare_shuts_its_door_and_works_on(make: Any, jobs: Any, until: Any) -> None:
+    executor = make(1)
+    assert executor.submit(int, "1").result(LIMIT) == 1
+    [agent] = jobs.agents()
+    [door] = Path(agent.environ()["TMPDIR"]).glob(f"*/{DOOR}")
+    before = resource.prlimit(agent.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (agent.num_fds(), before[1]))
+    callers = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    try:
+        for caller in callers:
+            caller.connect(str(door))
+        spent = sum(agent.cpu_times()[:2])
+        time.sleep(2)
+        assert sum(agent.cpu_times()[:2]) - spent < 0.3
+        assert executor.submit(int, "2").result(LIMIT) == 2
+        resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, before)
+        until(lambda: agent.num_fds() >= before[0] or len(agent.net_connections("unix")) > 20, what="it lets them in")
+    finally:
+        for caller in callers:
+            caller.close()
+    assert executor.submit(lambda: FiberExecutor(1, backend="local").submit(int, "3").result()).result(LIMIT) == 3
 
 
 def test_nobody_sees_the_secrets_of_an_agent(make: Any, jobs: Any) -> None:
