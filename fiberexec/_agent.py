@@ -44,6 +44,7 @@ _LONGEST_SILENCE = 6.5
 _FOLDER = "fiberexec-job-"  # how the name of its folder begins
 _GRACE = 25.0  # seconds; who sends SIGTERM sends SIGKILL a little later
 _BULK = 1 << 15  # bytes of an answer, beyond which more are likely to follow
+_SHUT = 0.5  # seconds that the door is shut when there is no descriptor for who comes in
 _BACKLOG = 4 << 20  # bytes on the way to the hub, beyond which workers' output waits
 # Exit codes.
 UNREACHABLE = 3
@@ -80,6 +81,7 @@ class Agent:
         self._door.bind(os.path.join(folder, DOOR))
         self._door.listen(128)
         self._door.setblocking(False)
+        self._opens_at = 0.0  # when the door opens again, 0: it is open
         self.follow(self._door.fileno(), IN, self._accept)
         self._follow_signals()
         self._pipes: set[int] = set()  # where workers' output comes from
@@ -112,6 +114,9 @@ class Agent:
                     call(events)
             for event in self._local.poll():
                 self._tell(event)
+            if self._opens_at and monotonic() >= self._opens_at:
+                self._opens_at = 0.0
+                self.follow(self._door.fileno(), IN, self._accept)
             if monotonic() > self._lease + self._timeout:
                 return self._give_up()
             if monotonic() > self._silent():
@@ -133,6 +138,8 @@ class Agent:
     def _wakeup(self) -> float:
         due = min(self._silent(), self._lease + self._timeout, self._leave_at) + 0.001
         other = self._local.wakeup()
+        if self._opens_at:
+            due = min(due, self._opens_at)
         return due if other is None else min(due, other)
 
     def _silent(self) -> float:
@@ -303,7 +310,11 @@ class Agent:
     def _accept(self, events: int) -> None:
         try:
             fd, _ = self._door._accept()  # type: ignore[attr-defined]
-        except OSError:
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:  # out of descriptors; who waits at the door would keep the loop busy until there are some
+            self.unfollow(self._door.fileno())
+            self._opens_at = monotonic() + _SHUT
             return
         self._doors += 2
         self._relays.open(self._doors, socket(fileno=fd))
