@@ -15,6 +15,7 @@ import itertools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiberexec import _messages as messages
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _CODE = 60.0  # seconds that the driver has to pack a module
 _LOOK = 1.0  # seconds that agents have to say what their workers do
+_CONFIRM = 10.0  # seconds without any job's end after which who closes is not kept waiting: a janitor removes what is left
 
 
 class Subscriber:
@@ -145,6 +147,23 @@ class _Look(Wait):
         self.finish(self.found)  # those that are stopped or out of reach do not answer
 
 
+class _Closing(Wait):
+    """Somebody waits for the ends of all jobs."""
+
+    __slots__ = ("fleet",)
+
+    def __init__(self, peer: Peer, queue: OrderedDict[Any, None], fleet: Fleet) -> None:
+        super().__init__(peer, queue, _CONFIRM)
+        self.fleet = fleet
+
+    def due(self) -> None:
+        again = self.fleet.forgot + _CONFIRM
+        if again > monotonic():
+            self.fleet.hub.at(again, self)
+        else:
+            self.finish(None)
+
+
 class Fleet(Shared):
     """The workers of one RemoteBackend."""
 
@@ -155,6 +174,7 @@ class Fleet(Shared):
         self.timeout = 60.0
         self.workers_per_job = 1
         self.closing = False
+        self.forgot = 0.0  # when a job was last known to have ended
         self.shipped: tuple[str, list[Any]] = "", []
         self._subscriber: Subscriber | None = None
         self._looks: OrderedDict[Any, None] = OrderedDict()
@@ -237,7 +257,7 @@ class Fleet(Shared):
         self.close()
         if not self.jobs:
             return None
-        Wait(peer, self._closers, None)
+        _Closing(peer, self._closers, self)
         return PARKED
 
     def _job_of(self, worker: int) -> Job | None:
@@ -263,6 +283,7 @@ class Fleet(Shared):
 
     def forget(self, job: Job) -> None:
         self.jobs.pop(job.id, None)
+        self.forgot = monotonic()
         if self.closing and not self.jobs:
             self.launcher.fleets.pop(self, None)
             for wait in list(self._closers):

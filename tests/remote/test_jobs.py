@@ -111,6 +111,18 @@ def test_an_executor_that_ends_while_its_jobs_start_leaves_none(jobs: Any, until
     until(lambda: not jobs.below())
 
 
+def test_a_backend_that_never_says_that_a_job_has_ended_does_not_hold_up_a_shutdown(
+    make: Any, jobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AgentBackend, "_wait", lambda backend, job, process: process.wait())
+    executor = make(2)
+    list(executor.map(abs, range(4)))
+    began = time.monotonic()
+    executor.shutdown()
+    assert 9 < time.monotonic() - began < 30
+    assert not jobs.below()
+
+
 def test_a_job_that_exits_at_once_says_its_last_words(make: Any) -> None:
     says = "import sys; print('the licence server is away', file=sys.stderr); sys.exit(9)"
     twice = Retrying(stop=stop_after_attempt(2), reraise=True)
