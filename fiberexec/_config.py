@@ -64,12 +64,16 @@ def load(**arguments: object) -> Settings:
     for name in table:
         _known(name, location)
         given[name] = table[name], location
+    meant = {location: table.get("backend")}  # by source: the backend whose options those there are
     for variable, text in _from_environment():
         name = variable[len(PREFIX) :].lower()
         given[name] = _read(name, text, variable), variable
+    meant[f"{PREFIX}BACKEND_OPTIONS"] = given.get("backend", (None,))[0]
     for name, value in arguments.items():
         if value is not ... and (value is not None or name == "idle_timeout"):
             given[name] = value, ARGUMENT
+    if "backend_options" in given and meant.get(given["backend_options"][1]) not in (None, given.get("backend", ("",))[0]):
+        del given["backend_options"]  # they are another backend's
     values: dict[str, Any] = {name: check(name, value, source) for name, (value, source) in given.items()}
     for name in ("cpu", "memory"):
         if values.get(name) == 0:

@@ -327,3 +327,15 @@ def test_an_allocation_of_slurm_is_never_silently_local(monkeypatch: pytest.Monk
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(ConfigError, match=r"slurm.*backend='local'"):
         FiberExecutor()
+
+
+def test_options_are_those_of_the_backend_that_they_were_set_for(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (elsewhere / "fiberexec.toml").write_text('backend = "docker"\n[backend_options]\npull = "never"\n')
+    assert load().backend_options == load(backend="docker").backend_options == {"pull": "never"}
+    assert load(backend="kubernetes").backend_options == {}
+    assert load(backend="kubernetes", backend_options={"namespace": "n"}).backend_options == {"namespace": "n"}
+    monkeypatch.setenv("FIBEREXEC_BACKEND", "kubernetes")
+    monkeypatch.setenv("FIBEREXEC_BACKEND_OPTIONS", '{"namespace": "n"}')
+    assert load().backend_options == {"namespace": "n"}
+    monkeypatch.delenv("FIBEREXEC_BACKEND_OPTIONS")
+    assert load().backend_options == {}
