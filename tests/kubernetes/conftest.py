@@ -16,6 +16,7 @@ from services import cluster, network
 from fiberexec import _config
 from fiberexec.backends._kubernetes_errors import role
 
+from .fake import Fake
 from .inside import Inside
 from .outside import PRELUDE, Driver, Outside
 
@@ -113,6 +114,28 @@ def outside(host: str, own_space: str, tmp_path: Path) -> Iterator[Outside]:
     yield start
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """An API server for scripted faults."""
+    pytest.importorskip("kubernetes")
+    made = Fake()
+    (tmp_path / "config").write_text(made.config())
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    yield made
+    made.down()
+
+
+@pytest.fixture
+def one(fake: Fake) -> Iterator[Place]:
+    """A backend that asks it."""
+    place = Place(image="x")
+    yield place
+    if fake._server is not None:
+        fake.node = True
+        fake.before = fake.after = lambda *_: None
+        place.close()
 
 
 def eventually(holds: Callable[[], bool], seconds: float = DEADLINE) -> None:

@@ -107,7 +107,7 @@ class Driver:
 
     def link(self) -> int:
         """The process with the link to the outpost."""
-        return next(pid for pid in self.processes() if "_kubernetes_outpost" in Path(f"/proc/{pid}/cmdline").read_text())
+        return next(pid for pid in self.processes() if "_kubernetes_link" in Path(f"/proc/{pid}/cmdline").read_text())
 
     def close(self) -> None:
         for pid in self.processes() if self.process.poll() is None else ():

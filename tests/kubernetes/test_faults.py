@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,26 +19,6 @@ from .fake import DROP, NAMESPACE, Answer, Fake, failure
 
 PODS = f"/namespaces/{NAMESPACE}/pods$"
 SOON = 10.0  # seconds
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    pytest.importorskip("kubernetes")
-    made = Fake()
-    (tmp_path / "config").write_text(made.config())
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-    yield made
-    made.down()
-
-
-@pytest.fixture
-def one(fake: Fake) -> Iterator[Place]:
-    place = Place(image="x")
-    yield place
-    if fake._server is not None:
-        fake.node = True
-        fake.before = fake.after = lambda *_: None
-        place.close()
 
 
 def first(count: int, answer: Answer, method: str, path: str = PODS) -> Callable[..., Answer | None]:
@@ -154,20 +132,6 @@ def test_one_watch_serves_all_backends_of_a_program(fake: Fake, one: Place) -> N
     assert one.end(last, SOON).code == 3 and [ended.job for ended in other.ended] == [theirs]
 
 
-def test_a_thousand_pods_join_in_one_list_and_one_watch(fake: Fake, one: Place) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        jobs = list(pool.map(lambda number: one.start(number, ""), range(1000)))
-    assert (fake.count("GET", PODS, watch=""), fake.count("GET", PODS, watch="1")) == (1, 1)
-    fake.compact()
-    fake.end_watches()
-    for job in jobs:
-        fake.end(job)
-    for job in jobs:
-        one.end(job, 30)
-    assert fake.count("GET", PODS, watch="") <= 4  # at most one list more, in pages
-    assert one.backend._jobs == {}
-
-
 def test_an_idle_program_asks_nothing(fake: Fake, one: Place) -> None:
     job = one.start(1, "")
     watching(fake, 1)
@@ -178,20 +142,6 @@ def test_an_idle_program_asks_nothing(fake: Fake, one: Place) -> None:
 
 
 # -- a server that is away
-
-
-def test_a_server_that_is_away_ends_no_job_and_what_happened_is_told_when_it_is_back(fake: Fake, one: Place) -> None:
-    kept, ended, gone = (one.start(number, "") for number in range(3))
-    fake.down()
-    fake.end(ended, 4)
-    fake.vanish(gone)
-    time.sleep(1)
-    assert nothing_has_ended(one)
-    fake.up()
-    assert one.end(ended, 30).code == 4
-    assert one.end(gone, 30).infrastructure
-    fake.end(kept)
-    assert one.end(kept, SOON).code == 0
 
 
 def test_a_start_while_the_server_is_away_fails_and_may_be_tried_again(
