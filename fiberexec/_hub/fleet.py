@@ -174,6 +174,7 @@ class Fleet(Shared):
         self.timeout = 60.0
         self.workers_per_job = 1
         self.closing = False
+        self.starved = 0  # jobs in a row that were killed for want of memory before a worker had started in them
         self.forgot = 0.0  # when a job was last known to have ended
         self.shipped: tuple[str, list[Any]] = "", []
         self._subscriber: Subscriber | None = None

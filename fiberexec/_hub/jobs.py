@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LINGER = 5.0  # seconds that a job without a worker stays
 _UNKNOWN = (None, "", "", False)  # an Exit
 _END = 1.0  # seconds that an agent has to end by itself
+_STARVED = 3  # jobs in a row that memory did not suffice to start a worker in: the next one will be no better
 _OUTPUT = 16 << 20  # bytes of workers' output that wait for an owner who does not read
 # What agents say, and of which types what they say it with is.
 _SAID: dict[str, tuple[type | tuple[type, ...], ...]] = {
@@ -61,6 +62,7 @@ class Job:
         self.workers: dict[int, Worker] = {}
         self.ending = False
         self.ended = False
+        self.served = False  # a worker has started in it
         self.leaving = False  # its host takes it away soon
         self.why_lost = ""  # its agent is not listened to any more
         self.hello: tuple[Any, ...] | None = None  # what its agent said of itself
@@ -117,7 +119,8 @@ class Job:
             raise ProtocolError(f"an agent says {verb!r}, which cannot be")
         elif verb == "started":
             worker, pid, host = args
-            self.workers[worker].started = True
+            self.workers[worker].started = self.served = True
+            self.fleet.starved = 0
             tell("started", worker, pid, host, self.id, *self.hello)
             if self.leaving:
                 tell("leaving", worker)
@@ -149,14 +152,18 @@ class Job:
         """Nothing of the job runs any more. ``final`` is why no other can do better, "" if one may."""
         if self.ended:
             return
+        starved = False
+        if exit[1] == "OOMKilled" and not self.served:
+            self.fleet.starved += 1
+            starved = self.fleet.starved >= _STARVED
         if self.hello is None:
-            self.fail(final or _explain(self.id, exit), bool(final))
+            self.fail(final or _explain(self.id, exit), bool(final) or starved)
             return
         self.ending = self.ended = True
         exit = self._judged(exit)
         for worker, found in list(self.workers.items()):
             if not found.started:
-                self._refuse(worker, _explain(self.id, exit), False)
+                self._refuse(worker, _explain(self.id, exit), starved)
                 continue
             self._end(worker, exit, None)
         self._forget()

@@ -84,6 +84,20 @@ def test_an_address_that_is_not_this_hosts_is_said_at_once() -> None:
     assert elsewhere in str(error.__cause__) and "one of this host's own" in str(error.__cause__)
 
 
+def test_a_job_that_is_too_small_for_a_worker_is_tried_three_times(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = Exit(-9, "OOMKilled", "it took more than its limit of 10 MiB")
+
+    def starved(backend: AgentBackend, job: str, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        backend._ended.put(JobEnded(job, killed))
+
+    monkeypatch.setattr(AgentBackend, "_wait", starved)
+    executor = make(1, backend_options={"python": shutil.which("true")})
+    error = executor.submit(int).exception(LIMIT)
+    assert isinstance(error, BrokenExecutor) and "limit of 10 MiB" in str(error.__cause__), error
+    assert executor.stats().failed_launches == 3
+
+
 def test_a_slow_start_holds_up_no_other(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     start, go = AgentBackend.start, threading.Event()
 
