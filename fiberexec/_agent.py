@@ -362,7 +362,7 @@ def _diagnose(urls: list[str]) -> str:
         return "; ".join(found) + "; is there a route from this job to the driver's host, and no firewall between them?"
     return (
         "it does not accept this job's certificate: the program that started it has gone, "
-        "or this host's clock is years off"
+        "or the clock of this host is more than a day behind (or years ahead)"
     )
 
 
