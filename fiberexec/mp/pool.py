@@ -27,6 +27,7 @@ from fiberexec import _map
 from fiberexec._errors import BrokenExecutor
 from fiberexec._scheduler import events as ev
 from fiberexec._serialize import RemoteTraceback
+from fiberexec._stats import WorkerInfo
 from fiberexec.executor import FiberExecutor
 from fiberexec.mp._results import (
     ApplyResult,
@@ -341,10 +342,10 @@ class Pool(_Standard):  # type: ignore[misc]  # nothing of it is used: libraries
         """The workers, for programs that look at them. Where they start at once, wait for them; others may have no pid."""
         deadline = time.monotonic() + _START_TIMEOUT
         while True:
-            pids = [info.pid for info in self._executor.workers() if info.pid]
-            lacking = self._processes - len(pids)
+            there = [info for info in self._executor.workers() if info.pid]
+            lacking = self._processes - len(there)
             if lacking <= 0 or not self._executor.starts_at_once or self._state != RUN or time.monotonic() > deadline:
-                return [_Member(self._executor, pid) for pid in [*pids, *[None] * lacking]]
+                return [_Member(self._executor, info) for info in [*there, *[None] * lacking]]
             time.sleep(0.005)
 
     def _repopulate_pool(self) -> None:
@@ -370,13 +371,15 @@ class _Member:
 
     daemon = True
 
-    def __init__(self, executor: FiberExecutor, pid: int | None) -> None:
+    def __init__(self, executor: FiberExecutor, info: WorkerInfo | None) -> None:
         self._executor = executor
-        self.pid = self.ident = pid  # None: it has not started
-        self.name = f"PoolWorker-{pid}"
+        self._id = info.id if info else None  # None: it has not started
+        self.pid = self.ident = info.pid if info else None
+        self.host = info.host if info else None
+        self.name = f"PoolWorker-{self.pid}"
 
     def is_alive(self) -> bool:
-        return self.pid is not None and any(info.pid == self.pid for info in self._executor.workers())
+        return any(info.id == self._id for info in self._executor.workers())
 
 
 def _checked(chunksize: int) -> int:

@@ -17,7 +17,7 @@ from fiberexec.mp import _jobs, heap
 from fiberexec.mp.managers import SyncManager
 from fiberexec.mp.pool import Pool
 
-from . import carriers
+from . import carriers, pods
 from .helpers import Gate, Log
 
 
@@ -36,7 +36,9 @@ EVERYWHERE = {
     "test_pool", "test_pool_faults", "test_pool_life", "test_process", "test_process_family", "test_queues", "test_ring",
     "test_sharedctypes", "test_synchronize",
 }  # fmt: skip
-BACKENDS = ["local", "agents", *os.environ.get("TEST_MP_BACKENDS", "").split()]  # "docker" takes a quarter of an hour more
+# "docker" and "kubernetes" take half an hour each; and images are made while the first test waits.
+FURTHER = [pytest.param(name, marks=pytest.mark.timeout(400)) for name in os.environ.get("TEST_MP_BACKENDS", "").split()]
+BACKENDS = ["local", "agents", *FURTHER]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,12 +53,23 @@ def backend(request: pytest.FixtureRequest, no_settings: None, monkeypatch: pyte
     name: str = getattr(request, "param", "local")
     if name != "local":
         monkeypatch.setenv("FIBEREXEC_BACKEND", name)
+    folder = tempfile.gettempdir()  # where tests and their processes meet
+    if name in ("docker", "kubernetes"):
+        image = services.worker_image(None, "numpy", "psutil", "pytest")
     if name == "docker":
-        folder = tempfile.gettempdir()  # where tests and their processes meet
         options = {"volumes": {folder: {"bind": folder, "mode": "rw"}}, "user": str(os.getuid())}
-        monkeypatch.setenv("FIBEREXEC_IMAGE", services.worker_image(None, "numpy", "psutil", "pytest"))
+        monkeypatch.setenv("FIBEREXEC_IMAGE", image)
         monkeypatch.setenv("FIBEREXEC_BACKEND_OPTIONS", json.dumps(options))
+    elif name == "kubernetes":
+        for variable, value in pods.settings(request.getfixturevalue("space"), image, folder).items():
+            monkeypatch.setenv(variable, value)
     return name
+
+
+@pytest.fixture(scope="session")
+def space() -> Iterator[str]:
+    with pods.namespace() as name:
+        yield name
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from typing import Any
 
@@ -20,9 +18,6 @@ class Counter:
 
     def fail(self) -> None:
         raise ConnectionResetError("not the manager's")
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def wait(self) -> None:
         threading.Event().wait()
@@ -47,4 +42,4 @@ def start(manager: Any) -> Any:
 
 
 def kill(manager: Any) -> None:
-    os.kill(manager._process.pid, signal.SIGKILL)
+    manager._process.kill()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
-import os
 import pickle
-import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +16,7 @@ from fiberexec.mp.managers import (
     ManagerLost,
 )
 
-from .counters import AsyncCounters, start
+from .counters import AsyncCounters, kill, start
 from .helpers import LIMIT, eventually
 
 # AsyncManager.
@@ -111,9 +109,9 @@ def test_an_async_proxy_travels(counters: Any) -> None:
 def test_calls_that_wait_and_calls_that_follow_hear_that_the_manager_was_killed() -> None:
     manager = start(AsyncCounters())
     counter = manager.Counter()
-    pid = counter.pid().result(LIMIT)
+    assert counter.add(0).result(LIMIT) == 0
     waiting = [counter.wait(), counter.add(1), counter.add(2)]
-    os.kill(pid, signal.SIGKILL)
+    kill(manager)
     assert {type(future.exception(LIMIT)) for future in waiting} == {ManagerLost}
     assert isinstance(counter.add(1).exception(LIMIT), ManagerLost)
     with pytest.raises(ManagerLost):

@@ -214,8 +214,6 @@ def test_an_end_that_was_under_way_to_a_killed_process_is_heard(reads: bool) -> 
             reader.recv()
 
 
-
-
 def test_a_process_that_is_killed_half_way_through_a_send_is_heard() -> None:
     ours, theirs = Pipe()
     pid = forked(ours.close, partial(theirs.send, bytes(64 << 20)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -253,8 +254,8 @@ def test_consumers_are_killed_at_random_and_every_item_is_done(backend: str) -> 
     items, count = 3000 if backend == "local" else 300, 4
     queue, log = mp.JoinableQueue(), mp.SimpleQueue()
 
-    def consume() -> None:
-        log.put(("pid", os.getpid()))
+    def consume(name: int) -> None:
+        log.put(("worker", name))
         for item in iter(queue.get, None):
             log.put(("got", item))
             queue.task_done()
@@ -264,7 +265,8 @@ def test_consumers_are_killed_at_random_and_every_item_is_done(backend: str) -> 
     entries: list[tuple[str, int]] = []
     reader = threading.Thread(target=lambda: entries.extend(iter(log.get, None)))
     reader.start()
-    workers = [process(consume) for _ in range(count)]
+    names = itertools.count()
+    workers = {name: process(consume, name) for name in itertools.islice(names, count)}
     producer = process(lambda: [queue.put(number) for number in range(items)])
     producer.join(LIMIT)
     joined = threading.Event()
@@ -275,18 +277,18 @@ def test_consumers_are_killed_at_random_and_every_item_is_done(backend: str) -> 
         if len(entries) < due:
             continue  # however slow the machine is, something is done between two kills
         due = len(entries) + rng.randrange(1, 2 * items // 15)
-        running = [index for index, worker in enumerate(workers) if ("pid", worker.pid) in entries]
+        running = [name for name in workers if ("worker", name) in entries]
         if not running:
             continue
-        index = rng.choice(running)
-        killed(workers[index])
-        workers[index] = process(consume)
+        killed(workers.pop(rng.choice(running)))
+        name = next(names)
+        workers[name] = process(consume, name)
         kills += 1
         assert kills < 300
     joiner.join()
     for _ in workers:
         queue.put(None)
-    for worker in workers:
+    for worker in workers.values():
         worker.join(LIMIT)
     log.put(None)
     reader.join(LIMIT)

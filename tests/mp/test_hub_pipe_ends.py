@@ -28,12 +28,6 @@ from .helpers import LIMIT, forked, in_thread
 MIB = 1 << 20
 
 
-
-
-
-
-
-
 def killed(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

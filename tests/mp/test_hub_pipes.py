@@ -24,12 +24,6 @@ from .helpers import LIMIT, eventually, in_thread
 MIB = 1 << 20
 
 
-
-
-
-
-
-
 def killed(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import pickle
 import signal
 import sys
@@ -125,6 +124,7 @@ def test_an_interrupted_start_leaves_no_process(tmp_path: Path) -> None:
 
     def interrupt(*_: object) -> None:
         if (tmp_path / "begun").exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)  # one Ctrl-C
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -204,6 +204,6 @@ def test_a_manager_that_is_killed_leaves_no_folder_behind() -> None:
     before = set(folder.glob("pymp-*"))
     manager = mp.Manager()
     assert manager.list([1])[:] == [1]
-    os.kill(manager._process.pid, signal.SIGKILL)
+    kill(manager)
     manager._process.join()
     assert set(folder.glob("pymp-*")) == before

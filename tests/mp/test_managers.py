@@ -173,6 +173,7 @@ def test_nothing_is_unpickled_for_who_has_no_key(manager: SyncManager, tmp_path:
     assert not (tmp_path / "unpickled").exists()
 
 
+@pytest.mark.one_host("the address is one of the host's own")
 def test_a_manager_at_an_address_of_its_own_is_reached_by_who_has_the_key() -> None:
     with Counters(address=("127.0.0.1", 0), authkey=b"ours") as manager:
         other = Counters(address=manager.address, authkey=b"ours")

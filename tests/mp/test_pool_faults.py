@@ -13,7 +13,7 @@ import pytest
 from fiberexec import WorkerLost, mp
 from fiberexec.mp.pool import Pool
 
-from .helpers import LIMIT, Log
+from .helpers import LIMIT, Log, kill
 
 
 def square(x: int) -> int:
@@ -77,7 +77,7 @@ def test_no_item_runs_again_after_its_result_has_arrived_whoever_is_killed(log: 
             log.write(f"done {i}")
             arrived.append(i)
             if len(arrived) % 40 == 0:
-                os.kill(chance.choice([member.pid for member in pool._pool if member.pid]), signal.SIGKILL)
+                kill(chance.choice([member for member in pool._pool if member.pid]))
     assert sorted(arrived) == list(range(600))
     done: set[str] = set()
     for line in log.lines():
@@ -97,8 +97,7 @@ def test_all_workers_killed_at_once_while_they_hold_items(pool: Pool, log: Log) 
     result = pool.map_async(run, range(50))
     log.wait(2)
     for member in pool._pool:
-        assert member.pid
-        os.kill(member.pid, signal.SIGKILL)
+        kill(member)
     assert result.get(LIMIT) == list(range(50))
 
 

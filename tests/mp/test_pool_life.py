@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.pool
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from fiberexec.backends import registry
 from fiberexec.mp.pool import Pool
 from fiberexec.testing import FakeBackend
 
-from .helpers import LIMIT, Log, eventually
+from .helpers import LIMIT, Log, deserted, eventually
 
 
 def square(x: int) -> int:
@@ -56,10 +57,10 @@ def test_arguments_of_a_pool_are_checked() -> None:
 
 
 def test_all_workers_start_with_the_pool_and_libraries_find_how_many() -> None:
-    with Pool(3) as pool:
+    with Pool(3, idle_timeout=None) as pool:
         assert pool.size == pool._processes == len(pool._pool) == 3
-        pids = {member.pid for member in pool._pool}
-        assert len(pids) == 3 and None not in pids and os.getpid() not in pids
+        workers = {(member.host, member.pid) for member in pool._pool}
+        assert len(workers) == 3 and (None, None) not in workers and (platform.node(), os.getpid()) not in workers
         assert all(member.is_alive() for member in pool._pool)
         pool._repopulate_pool()
         assert repr(pool) == "<fiberexec.mp.pool.Pool state=RUN pool_size=3>"
@@ -134,25 +135,25 @@ def test_a_pool_that_nobody_ended_says_so_and_still_finishes() -> None:
 def test_a_program_that_ends_with_a_busy_pool_ends_at_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, threading, time\n"
+        "import fcntl, os, threading, time\n"
         "from fiberexec.mp.pool import Pool\n"
-        "pool = Pool(2)\n"
+        "def stay():\n"
+        "    fcntl.flock(os.open(PATH, os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)\n"
+        "pool = Pool(2, stay)\n"
         "def late():\n"
         "    threading.main_thread().join()\n"
-        "    print(pool.apply(pow, (2, 5)), [m.pid for m in pool._pool], flush=True)\n"
+        "    print(pool.apply(pow, (2, 5)), flush=True)\n"
         "    pool.map_async(time.sleep, [1000] * 9)\n"
         "pool.imap(time.sleep, iter(int, 1))\n"
-        "threading.Thread(target=late).start()\n"
+        "threading.Thread(target=late).start()\n".replace("PATH", repr(str(tmp_path / "workers")))
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(fiberexec.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(program)], env=environment, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
-    value, _, pids = done.stdout.partition(" ")
-    assert value == "32"
-    for pid in pids.strip(" []\n").split(", "):
-        eventually(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))  # type: ignore[misc]
+    assert done.stdout == "32\n"
+    eventually(lambda: deserted(tmp_path / "workers"))
 
 
 def test_a_pool_does_not_travel(pool: Pool) -> None:
@@ -218,12 +219,12 @@ def test_an_initializer_that_raises_breaks_the_pool_instead_of_starting_workers_
 
 
 def test_a_worker_is_replaced_after_maxtasksperchild_items(log: Log) -> None:
-    def pid(_: int) -> int:
-        return os.getpid()
+    def worker(_: int) -> tuple[str, int]:
+        return platform.node(), os.getpid()
 
     with Pool(2, maxtasksperchild=5) as pool:
-        pids = pool.map(pid, range(40)) + [pool.apply(pid, (0,)) for _ in range(10)]
-        assert max(map(pids.count, pids)) <= 5
+        workers = pool.map(worker, range(40)) + [pool.apply(worker, (0,)) for _ in range(10)]
+        assert max(map(workers.count, workers)) <= 5
         assert len(pool._pool) == 2
 
 

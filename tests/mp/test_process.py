@@ -17,13 +17,12 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 
 import fiberexec
 from fiberexec import mp
 
-from .helpers import LIMIT, LONG, Gate, exit_code, gone, heard, run, say, wait_at
+from .helpers import LIMIT, LONG, Gate, deserted, eventually, exit_code, heard, run, say, stay, wait_at
 
 # -- running
 
@@ -319,16 +318,18 @@ def test_what_is_pickled_for_a_process_is_told_of_its_end(gate: Gate) -> None:
 
 def test_what_a_process_leaves_in_the_background_ends_with_it_and_not_with_others(tmp_path: Path, gate: Gate) -> None:
     def target(gate: str) -> None:
-        found = subprocess.run("sleep 1000 >/dev/null & echo $!", shell=True, stdout=subprocess.PIPE, text=True, check=True)
-        say(tmp_path / "background", found.stdout)
+        place = stay(tmp_path / "background")
+        subprocess.run("sleep 1000 >/dev/null &", shell=True, pass_fds=[place], check=True)
+        os.close(place)
+        say(tmp_path / "begun")
         wait_at(gate)
 
     process = mp.Process(target=target, args=(gate.path,))
     process.start()
-    [background] = map(int, heard(tmp_path / "background"))
+    heard(tmp_path / "begun")
     for _ in range(2):  # the second one is started when the end of the first has been dealt with
         run(int)
-    assert psutil.Process(background).status() != psutil.STATUS_ZOMBIE
+    assert not deserted(tmp_path / "background")
     gate.open()
     exit_code(process)
-    assert gone(background)
+    assert eventually(lambda: deserted(tmp_path / "background"))

@@ -13,7 +13,7 @@ import pytest
 from fiberexec import FiberExecutor, mp
 from fiberexec.mp import _jobs
 
-from .helpers import LIMIT, gone, run, run_script, script, start_script
+from .helpers import LIMIT, deserted, eventually, run, run_script, script, start_script
 
 # -- who is who
 
@@ -109,20 +109,26 @@ def test_no_guard_is_needed_and_main_is_not_run_again(tmp_path: Path) -> None:
 def test_at_the_end_daemons_are_ended_and_others_joined(tmp_path: Path) -> None:
     program = script(
         tmp_path / "program.py",
-        """
-        import time
+        f"""
+        import fcntl, time
         from fiberexec import mp
 
-        daemon = mp.Process(target=time.sleep, args=(1000,), daemon=True)
+        def stay(begun):
+            file = open("{tmp_path / 'daemon'}", "w")
+            fcntl.flock(file, fcntl.LOCK_SH)
+            begun.set()
+            time.sleep(1000)
+
+        begun = mp.Event()
+        daemon = mp.Process(target=stay, args=(begun,), daemon=True)
         daemon.start()
-        print(daemon.pid, flush=True)
+        begun.wait()
         mp.Process(target=lambda: (time.sleep(0.2), print("done"))).start()
         """,
     )
     code, out, err = run_script(program)
-    pid, word = out.split()
-    assert (code, word, err) == (0, "done", "")
-    assert gone(int(pid))
+    assert (code, out, err) == (0, "done\n", "")
+    assert eventually(lambda: deserted(tmp_path / "daemon"))
 
 
 @pytest.mark.parametrize("daemon", [True, False])
@@ -130,15 +136,19 @@ def test_when_the_program_is_killed_its_processes_and_theirs_go(tmp_path: Path, 
     program = script(
         tmp_path / "program.py",
         f"""
-        import os, time
+        import fcntl, os, time
         from fiberexec import mp
 
+        def stay():
+            fcntl.flock(os.open("{tmp_path / 'family'}", os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)
+            print("up", flush=True)
+
         def grandchild():
-            print(os.getpid(), flush=True)
+            stay()
             time.sleep(1000)
 
         def child():
-            print(os.getpid(), flush=True)
+            stay()
             if not {daemon}:
                 mp.Process(target=grandchild).start()
             time.sleep(1000)
@@ -149,9 +159,10 @@ def test_when_the_program_is_killed_its_processes_and_theirs_go(tmp_path: Path, 
     )
     with start_script(program) as running:
         assert running.stdout is not None
-        pids = [int(running.stdout.readline()) for _ in range(1 if daemon else 2)]
+        assert [running.stdout.readline() for _ in range(1 if daemon else 2)] == ["up\n"] * (1 if daemon else 2)
+        assert not deserted(tmp_path / "family")
         running.kill()
-        assert all(map(gone, pids))
+        assert eventually(lambda: deserted(tmp_path / "family"))
 
 
 INTERRUPTED = """

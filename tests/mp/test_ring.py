@@ -9,12 +9,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 import fiberexec
 from fiberexec import mp
 from fiberexec.mp.ring import RingBroken, RingMember, current_ring
+
+from .helpers import deserted, stay
 
 np = pytest.importorskip("numpy")
 
@@ -134,11 +135,12 @@ def test_a_member_that_would_wait_for_ever_is_ended() -> None:
 
 def test_a_ring_that_is_interrupted_ends_its_members(tmp_path: Path) -> None:
     def work(rank: int, size: int) -> None:
-        (tmp_path / str(rank)).write_text(str(os.getpid()))
+        stay(tmp_path / str(rank))
         signal.pause()
 
     def interrupt(*_: object) -> None:
         if all((tmp_path / str(rank)).exists() for rank in (0, 1)):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # one Ctrl-C
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -150,7 +152,7 @@ def test_a_ring_that_is_interrupted_ends_its_members(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     for rank in (0, 1):
-        assert not psutil.pid_exists(int((tmp_path / str(rank)).read_text()))
+        assert deserted(tmp_path / str(rank))
 
 
 def test_a_failing_initializer_ends_the_ring() -> None:
