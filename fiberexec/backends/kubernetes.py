@@ -296,8 +296,8 @@ class KubernetesBackend:
         with self._lock:
             self._jobs.pop(job, None)
         if known.exit is not None:
-            self._verdicts.renew()  # who hears of this end tries again at once: not for the same
-            return JobEnded(job, known.exit)
+            self._verdicts.renew()  # who hears of this end may try again at once: not for the same
+            return JobEnded(job, known.exit, self._verdicts.text)
         exit = pods.exit_of(known.pod, removed=known.gone) if known.pod else Exit(None, "Deleted", "", infrastructure=True)
         if known.unwanted:
             return JobEnded(job, Exit(exit.code))
@@ -306,13 +306,14 @@ class KubernetesBackend:
         exit = exit._replace(log=self._reader.tail(job) + exit.log)
         with self._lock:
             others = any(other.ran for other in self._jobs.values())
-        reason = errors.ended_early(exit, job, known.image)
+        reason, final = errors.ended_early(exit, job, known.image), ""
         if self._verdicts.learn(known.image, known.seconds, exit, reason, others):
             if not reason:
                 reason = f"pods of image {known.image!r} end at once. Pod {job} ended with exit code {exit.code}"
             happened = self._reader.story(job)
-            self._verdicts.settle(f"Kubernetes: {reason}" + (f". Its events:\n{happened}" if happened else ""))
-        return JobEnded(job, exit._replace(log=f"{exit.log}{reason}\n") if reason else exit)
+            final = f"Kubernetes: {reason}" + (f". Its events:\n{happened}" if happened else "")
+            self._verdicts.settle(final)
+        return JobEnded(job, exit._replace(log=f"{exit.log}{reason}\n") if reason else exit, final)
 
     # -- what else is asked
 
