@@ -40,6 +40,7 @@ class BaseManager(multiprocessing.managers.BaseManager):
     _registry: ClassVar[dict[str, tuple[Any, ...]]] = {}
     _Server: ClassVar[type[Server]] = Server
     _auto: ClassVar[Callable[..., Any]] = staticmethod(AutoProxy)
+    _method: ClassVar[str | None] = None  # the start method of its process; None: the default context's
     _authkey: bytes
     _address: Any
     _serializer: str
@@ -55,7 +56,7 @@ class BaseManager(multiprocessing.managers.BaseManager):
         if ctx is None:
             from fiberexec.mp.context import default_context
 
-            ctx = default_context.get_context()
+            ctx = default_context.get_context(self._method)
         super().__init__(address, authkey, SERIALIZER if serializer == "pickle" else serializer, ctx, **options)
 
     def get_server(self) -> Any:
@@ -152,9 +153,13 @@ class SharedMemoryServer(Server, standard.SharedMemoryServer):  # type: ignore[m
 
 
 class SharedMemoryManager(BaseManager, multiprocessing.managers.SharedMemoryManager):
-    """``multiprocessing.managers.SharedMemoryManager``: blocks of shared memory on one host, unlinked at its end."""
+    """``multiprocessing.managers.SharedMemoryManager``: blocks of shared memory on one host, unlinked at its end.
+
+    Its process runs on the host of the process that starts it, whatever the backend, since that makes the blocks.
+    """
 
     _Server = SharedMemoryServer
+    _method = "local"
 
 
 def MakeProxyType(name: str, exposed: Sequence[str]) -> Any:
