@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import HOST, ROOT, run, told
 from services import bare_image, require_docker, worker_image
 
 import fiberexec
-from fiberexec import _platform
-from fiberexec.cli import main
 
-ROOT = str(Path(fiberexec.__file__).parents[1])
-HOST = _platform.host_name()
 DEADLINE = 60.0  # seconds
 
 # A driver: starts jobs 1 to n of a program, each of which runs some code, then ends at once or waits.
@@ -42,12 +38,6 @@ os._exit(0)
 WAIT = "import time; print('one'); print('two'); time.sleep(1000)"
 
 
-def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, list(arguments))
-    assert "Traceback" not in result.output
-    return result
-
-
 def in_a_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """As run(): where Docker's SDK fails it leaves a socket open."""
     program = f"import sys; sys.path.insert(0, {ROOT!r}); from fiberexec.cli import main; main()"
@@ -55,12 +45,6 @@ def in_a_process(*arguments: str, **environment: str) -> subprocess.CompletedPro
         [sys.executable, "-c", program, *arguments],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=DEADLINE,
     )  # fmt: skip
-
-
-def told(*arguments: str, exit_code: int = 0) -> Any:
-    result = run(*arguments, "--json")
-    assert result.exit_code == exit_code, result.output
-    return json.loads(result.stdout)
 
 
 class Driver:

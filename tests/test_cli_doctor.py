@@ -21,6 +21,7 @@ from fiberexec.cli import main
 from fiberexec.testing._agents import AgentBackend
 
 URLS = ["tls+tcp://10.0.0.1:4711", "tls+tcp://host.example:4711"]
+HOSTS = ("10.0.0.1", "host.example")
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +194,7 @@ def judged(**changes: Any) -> dict[str, doctor.Finding]:
         "protocol": messages.VERSION, "routes": dict.fromkeys(URLS, ""), "tls": "", **changes,
     }  # fmt: skip
     settings = _config.Settings(backend="docker", image="lab:3")
-    return {finding.check: finding for finding in job_checks._judged(report, now - 1, now + 1, URLS, settings)}
+    return {finding.check: finding for finding in job_checks._judged(report, now - 1, now + 1, URLS, settings, HOSTS)}
 
 
 def test_a_good_report_has_nothing_to_say() -> None:
@@ -219,6 +220,22 @@ def test_one_route_is_enough() -> None:
     assert found["route"].status == "ok" and "host.example" in found["route"].found
     found = judged(routes=dict.fromkeys(URLS, "no route to host"))
     assert found["route"].status == "broken" and "10.0.0.1" in found["route"].found
+
+
+def test_the_way_to_this_host_is_named() -> None:
+    assert "directly: 10.0.0.1" in judged()["route"].found
+    by_way = "tls+tcp://10.244.0.9:4711"
+    found = {
+        finding.check: finding
+        for finding in job_checks._judged(
+            {
+                "time": 0.0, "python": list(sys.version_info[:3]), "fiberexec": fiberexec.__version__,
+                "protocol": messages.VERSION, "routes": {by_way: ""}, "tls": "",
+            },
+            0.0, 0.0, [by_way], _config.Settings(backend="kubernetes"), ("127.0.0.1",),
+        )
+    }  # fmt: skip
+    assert "by an outpost" in found["route"].found and "10.244.0.9" in found["route"].found
 
 
 def test_a_link_that_fails_is_broken() -> None:

@@ -82,6 +82,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     else:
         found.fx.env["KUBECONFIG"] = require_kubernetes()
         found.fx.env["FIBEREXEC_IMAGE"] = cluster_image(worker_image(None, "kubernetes"))
+        found.fx.env["FIBEREXEC_BACKEND"] = "kubernetes"
         found.fx.env["FIBEREXEC_BACKEND_OPTIONS"] = json.dumps({"namespace": request.getfixturevalue("space")})
     found.fx.program("waits.py", WAITS)
     before = set(found.states())

@@ -79,7 +79,7 @@ def _examine(backend: JobBackend, settings: _config.Settings) -> Iterator[Findin
             return
         finally:
             trial.close()
-    findings = list(_judged(report, begun, time.time(), urls, settings))
+    findings = list(_judged(report, begun, time.time(), urls, settings, hosts))
     yield from findings
     if any(finding.status == BROKEN for finding in findings):
         yield Finding("task", SKIPPED, "what is broken above would keep it from running")
@@ -188,7 +188,12 @@ class _Trial:
 
 
 def _judged(
-    report: dict[str, Any], begun: float, read: float, urls: list[str], settings: _config.Settings
+    report: dict[str, Any],
+    begun: float,
+    read: float,
+    urls: Sequence[str],
+    settings: _config.Settings,
+    hosts: Sequence[str],  # addresses of this host
 ) -> Iterator[Finding]:
     image = f"image {settings.image!r}" if settings.image else "the image"
     ours, theirs = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, report["python"]))
@@ -220,7 +225,9 @@ def _judged(
         )
         yield Finding("route", BROKEN, f"a job cannot reach this host: {bad}", remedy)
     else:
-        yield Finding("route", OK, f"a job reaches this host at {good[0].partition('//')[2].rpartition(':')[0]}")
+        host = good[0].partition("//")[2].rpartition(":")[0]
+        way = "directly" if host.strip("[]") in hosts else "by an outpost, which takes connections for it there"
+        yield Finding("route", OK, f"a job reaches this host {way}: {host}")
     skew = max(begun - report["time"], report["time"] - read, 0.0)
     if skew > _SKEW:
         status = BROKEN if skew > _LONG_SKEW else WARNING

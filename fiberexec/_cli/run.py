@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fiberexec._cli.template import template
 from fiberexec._errors import ConfigError, FiberError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _BACKENDS = ("local", "docker", "kubernetes")
 
 def commands(group: click.Group) -> None:
     """Add the commands of this module to the command ``fiberexec``."""
-    for command in (run, attach, cp, rbac):
+    for command in (run, attach, cp, rbac, template):
         group.add_command(command)
 
 
