@@ -112,6 +112,12 @@ def test_the_table_says_who_uses_what(fake: type[Fake]) -> None:
     assert rows["fx-1-1"].index("i:1") == rows["fx-1-2"].index("i:1") == output[0].index("IMAGE")
 
 
+def test_what_others_have_written_stays_on_its_line_and_does_nothing_to_the_terminal(fake: type[Fake]) -> None:
+    Fake.jobs = [{**job(1, None), "image": "two\nlines\t\x1b[2J"}]
+    output = run("ps", "--backend", "fake").stdout
+    assert len(output.splitlines()) == 2 and "two lines ?[2J" in output
+
+
 def test_ps_has_stable_keys(fake: type[Fake]) -> None:
     Fake.jobs = [job(1, f"{os.getpid()}@{HOST}")]
     answer = told("ps")

@@ -18,12 +18,20 @@ def as_json(value: Any) -> None:
 
 
 def table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows, the first of which are the headings. On a terminal, lines end where it does."""
+    """Print rows, the first of which are the headings. On a terminal, lines end where it does.
+
+    A cell stays on its line, and does nothing to the terminal: some show what others have written.
+    """
+    rows = [[_on_one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for row in rows:
         line = "".join(f"{cell:{width}}  " for cell, width in zip(row, widths)) + row[-1]
         click.echo(line.rstrip()[:columns])
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
 
 
 def note(text: str) -> None:
