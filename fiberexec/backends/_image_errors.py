@@ -8,14 +8,13 @@ import sys
 from fiberexec import __version__
 
 DOCKERFILE_LINE = f"RUN pip install fiberexec=={__version__}"
-_INTERPRETER = 'in the image it may have another path: backend_options={"python": ...}'
 
 
 def no_interpreter(image: str) -> str:
     """The image cannot run what a job runs."""
     return (
-        f"image {image!r} has no such program: start it from an image with Python (FROM python:{_python()}-slim), or where it "
-        f"has one, {_INTERPRETER}. The line for its Dockerfile: {DOCKERFILE_LINE}"
+        f"image {image!r} has no such program: start it from an image with Python (FROM python:{_python()}-slim), and add "
+        f'{DOCKERFILE_LINE}; or, where its Python has another path, name that: backend_options={{"python": ...}}'
     )
 
 
