@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import clusters
 import pytest
 from clusters import kubectl
-from running import EXAMPLES, PI, WORKS, Runner, until
+from running import EXAMPLES, PI, PI_PATH, WORKS, Runner, until
 from services import cluster_image, require_kubernetes, require_registry, worker_image
 
 pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
@@ -58,10 +60,16 @@ def test_all_that_a_program_writes_comes_whole_and_in_order(fx: Runner) -> None:
     assert out.splitlines() == [f"{n} {'x' * 50}" for n in range(30000)]
 
 
-def test_the_same_answer_in_parallel_as_serially(fx: Runner, namespace: str) -> None:
+def test_the_same_table_as_locally(fx: Runner, namespace: str, tmp_path: Path) -> None:
     fx.program("code_metrics.py", (EXAMPLES / "code_metrics.py").read_text())
-    done = fx("run", "python3", "code_metrics.py", "--limit", "60", "--workers", "2", code=0)
-    assert "the parallel and the serial answer are identical" in done.stdout
+    fx.program("subject/a.py", "def f(x):\n    return x if x else [y for y in x]\n" * 20)
+    fx.program("subject/b.py", (EXAMPLES / "code_metrics.py").read_text())
+    options = ("code_metrics.py", "--no-serial", "--workers", "2", "--path")
+    volume = ("--volume", f"{tmp_path}/subject:/subject:ro")  # the cluster's only node is this machine
+    tmp_path.chmod(0o755)
+    there = fx("run", *volume, "python3", *options, "/subject", code=0).stdout
+    here = fx("run", "--backend", "local", sys.executable, *options, "subject", code=0).stdout
+    assert there.splitlines()[:-1] == here.splitlines()[:-1]
     until(lambda: not left(namespace))
 
 
@@ -69,16 +77,53 @@ def test_the_ancestors_command_works_with_a_dockerfile_like_the_ancestors(fx: Ru
     registry = require_registry().replace("127.0.0.1", "localhost")
     image = fx.env.pop("FIBEREXEC_IMAGE")
     fx.program("examples/pi_estimation.py", PI)
-    fx.program("Dockerfile", f"FROM {image}\nADD examples/pi_estimation.py /root/pi_estimation.py\n")
-    out = fx("run", "-a", "--registry", registry, "python3", "/root/pi_estimation.py", code=0).stdout
-    assert "Pi is roughly 3." in out
+    fx.program("Dockerfile", f"FROM {image}\nADD examples/pi_estimation.py {PI_PATH}\n")
+    first = fx("run", "-a", "--registry", registry, "python3", PI_PATH, code=0)
+    assert "Pi is roughly 3.1" in first.stdout
+    [name] = re.findall(r"pushing (\S+:[0-9a-f]{16})", first.stderr)  # called after what it is made from
+    again = fx("run", "--registry", registry, "python3", "-c", "", code=0).stderr
+    assert name in again and "build: Step" not in again
+    fx.program("examples/pi_estimation.py", "print('changed')")
+    changed = fx("run", "--registry", registry, "python3", PI_PATH, code=0)
+    assert changed.stdout == "changed\n" and name not in changed.stderr
+
+
+def test_in_a_pod_workers_are_pods_unless_something_else_is_said(fx: Runner) -> None:
+    fx.program(
+        "choose.py",
+        "import logging, platform\nfrom fiberexec import FiberExecutor\n"
+        "logging.basicConfig(format='%(message)s')\nlogging.getLogger('fiberexec').setLevel('INFO')\n"
+        "for backend in (None, None, 'local'):\n"
+        "    with FiberExecutor(1, backend=backend) as executor:\n"
+        "        print(executor.submit(platform.node).result() == platform.node(), flush=True)\n",
+    )
+    lines = fx("run", "--env", "FIBEREXEC_BACKEND=", "python3", "choose.py", code=0).stdout.splitlines()
+    assert [line for line in lines if line in ("True", "False")] == ["False", "False", "True"]
+    why = "backend 'kubernetes' is used: this process is in a pod (KUBERNETES_SERVICE_HOST is set); backend= chooses another"
+    assert [line for line in lines if "is used" in line] == [why]
+
+
+def test_a_pod_that_may_not_make_pods_is_told_the_role_and_does_not_run_locally(fx: Runner, namespace: str) -> None:
+    kubectl("-n", namespace, "create", "serviceaccount", "bare")
+    fx.program(
+        "try.py",
+        "from fiberexec import BrokenExecutor, FiberExecutor\n"
+        "try:\n    print('ran', FiberExecutor(1).submit(int).result())\n"
+        "except BrokenExecutor as error:\n    print(error, error.__cause__)\n",
+    )
+    out = fx("run", "--service-account", "bare", "--env", "FIBEREXEC_BACKEND=", "python3", "try.py", code=0).stdout
+    assert "kind: Role" in out and "name: bare" in out and f"namespace: {namespace}" in out and "ran" not in out.split()
 
 
 def test_detach_attach_and_files_and_nothing_secret_is_to_be_seen(fx: Runner, namespace: str, tmp_path: Path) -> None:
     fx("run", "--detach", "--name", "apart", "--env", "TOKEN=hush-hush", "python3", "works.py", code=0)
     until(lambda: "up" in fx("logs", "--backend", "kubernetes", "apart", code=0).stdout)
     told = kubectl("-n", namespace, "get", "pods,jobs", "-o", "json")
-    assert len(json.loads(told)["items"]) == 4
+    things = json.loads(told)["items"]
+    assert sorted(one["kind"] for one in things) == ["Job", "Pod", "Pod", "Pod"]
+    [job] = [one["spec"] for one in things if one["kind"] == "Job"]
+    assert job["backoffLimit"] == 0 and job["ttlSecondsAfterFinished"] > 0
+    assert job["template"]["spec"]["serviceAccountName"] == "fiberexec"
     assert "hush-hush" not in told
     (tmp_path / "in.txt").write_text("in")
     fx("cp", "in.txt", "apart:", code=0)
