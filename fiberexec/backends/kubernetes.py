@@ -190,6 +190,16 @@ class KubernetesBackend:
                 if known.deleted or known.gone:
                     self._jobs.pop(job, None)
 
+    def template(self, check: bool = True) -> dict[str, Any]:
+        """The pod that a job would be. ``check``: if the API server would not take it, raise LaunchError."""
+        try:
+            body = self._maker.pod("fx-example-1", "fx-example", ["python", "-m", "fiberexec._agent", options.CREDENTIALS])
+            if check:
+                self._api.call("POST", self._reader.path(), {"dryRun": "All"}, body)
+        except Exception as error:
+            raise self._failed(error, "trying the pod") from error
+        return body
+
     # -- watching
 
     def watch(self, report: Callable[[list[JobEnded]], None]) -> None:
