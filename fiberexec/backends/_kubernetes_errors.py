@@ -26,7 +26,7 @@ _RULES: tuple[tuple[str, bool, str], ...] = (
     (r"namespaces .* not found", True, "create it (kubectl create namespace {namespace}), or correct namespace="),
     (r"no PriorityClass with name", True,
      "create it, or correct priority_class= (kubectl get priorityclass shows what there is)"),
-    (r"admission webhook .* denied", True,
+    (r"(admission webhook|ValidatingAdmissionPolicy) .* denied", True,
      "a policy of the cluster refuses such pods: change what it names, by pod_template= or the option concerned"),
     (r"failed calling webhook", False, "a webhook of the cluster does not answer: ask who runs it"),
     (r"(maximum|minimum) (cpu|memory) usage per (Pod|Container)|minimum .* limit ratio", True,

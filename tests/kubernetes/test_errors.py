@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -66,7 +67,8 @@ def test_a_pod_that_cannot_start_is_removed_and_says_why(
         spec["volumes"] = [{"name": "v", "configMap": {"name": "none"}}]
     arguments = {"backend_options": {"pod_template": {"spec": spec}}}
     one = place(**arguments, **({"image": image} if image else {}))
-    assert said in stuck(one, reason)
+    error = stuck(one, reason)
+    assert said in error and ("Its events:" in error or reason == "FailedMount")  # which is one itself
     eventually(lambda: no_pods(one))
 
 
@@ -180,6 +182,42 @@ def test_a_quota_is_explained(place: Make, own_space: str) -> None:
     one.start(1, SLEEP)
     error = refused(one, 2)
     assert not error.final and "exceeded quota: small" in str(error) and "have the quota raised" in str(error)
+
+
+def test_a_policy_that_refuses_a_pod_is_quoted(place: Make, own_space: str) -> None:
+    name = f"no-cats-{own_space}"
+    match = {"resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]}
+    rule = {"expression": "!('cat' in object.metadata.labels)", "message": "no cats in here"}
+    kind = {"apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": name}}
+    apply({**kind, "kind": "ValidatingAdmissionPolicy", "spec": {"matchConstraints": match, "validations": [rule]}})
+    here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": own_space}}}
+    spec = {"policyName": name, "validationActions": ["Deny"], "matchResources": here}
+    apply({**kind, "kind": "ValidatingAdmissionPolicyBinding", "spec": spec})
+    try:
+        one = place(backend_options={"namespace": own_space, "labels": {"cat": "yes"}})
+        said: list[LaunchError] = []
+        numbers = itertools.count(1)
+
+        def is_refused() -> bool:  # policies take some seconds to come into force
+            try:
+                one.start(next(numbers), SLEEP)
+            except LaunchError as error:
+                said.append(error)
+            return bool(said)
+
+        eventually(is_refused)
+        assert said[0].final and "no cats in here" in str(said[0]) and "a policy of the cluster refuses" in str(said[0])
+    finally:
+        kubectl("delete", "validatingadmissionpolicybinding,validatingadmissionpolicy", name)
+
+
+def test_a_registry_that_may_come_back_is_waited_for_and_said(place: Make) -> None:
+    one = place(image="localhost:1/some/image:1", startup_timeout=40)
+    job = one.start(1, SLEEP)
+    eventually(lambda: "ImagePullBackOff" in one.backend.explain(job))
+    assert one.ended == [] and "correct image='localhost:1/some/image:1'" in one.backend.explain(job)
+    exit = one.end(job)
+    assert exit.reason in ("ErrImagePull", "ImagePullBackOff") and "connection refused" in exit.log
 
 
 # -- rights
