@@ -211,7 +211,7 @@ class RemoteBackend:
     def _explained(self, worker: int, text: str) -> None:
         """What is known of a job that is not there yet."""
         since = self._starting.get(worker)
-        if since is None:
+        if since is None or worker != self._asked[1]:
             return
         waited = monotonic() - since
         said = f"there is no worker yet after {waited:.0f} s: {text or 'nobody knows why'}"

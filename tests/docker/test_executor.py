@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fiberexec import BrokenExecutor, FiberExecutor, LaunchError, WorkerLost
 
 from .conftest import docker, eventually
 
+FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.timeout(180),
@@ -120,26 +123,53 @@ def test_another_python_is_named_with_both_sides(image: str) -> None:
 DRIVER = """
 import sys, time
 from fiberexec import FiberExecutor
-ex = FiberExecutor(3, backend="docker", image=sys.argv[1])
+from fiberexec._hub import launch
+ex = FiberExecutor(3, backend="docker", image=sys.argv[1], driver_timeout=6)
 futures = [ex.submit(time.sleep, 600) for _ in range(3)]
 while not all(future.running() for future in futures):
     time.sleep(0.05)
-print("up", flush=True)
+print(launch._pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_a_driver_that_is_killed_leaves_no_container(image: str) -> None:
+@contextmanager
+def driver(image: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """A program with three containers at work: its process, its hub's pid, and what finds its containers."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", DRIVER, image]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as driver:
-        assert driver.stdout is not None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
         try:
-            assert driver.stdout.readline() == "up\n"
+            hub = int(process.stdout.readline())
+            yield process, hub, f"label=fiberexec.driver={process.pid}@{os.uname().nodename}"
         finally:
-            label = f"label=fiberexec.driver={driver.pid}@{os.uname().nodename}"
-            driver.send_signal(signal.SIGKILL)
-    eventually(lambda: docker("ps", "-aq", "--filter", label) == "", 10)
+            process.kill()
+
+
+@pytest.mark.parametrize("again", range(5 if FULL else 1))
+def test_a_driver_that_is_killed_leaves_no_container(image: str, again: int) -> None:
+    with driver(image) as (process, _, label):
+        assert len(docker("ps", "-q", "--filter", label).split()) == 3
+        process.send_signal(signal.SIGKILL)
+        eventually(lambda: docker("ps", "-aq", "--filter", label) == "", 10)
+
+
+@pytest.mark.parametrize("again", range(5 if FULL else 1))
+def test_a_driver_that_is_killed_together_with_its_hub_leaves_nothing_that_runs_and_the_next_sweeps(
+    image: str, again: int
+) -> None:
+    with driver(image) as (process, hub, label):
+        assert len(docker("ps", "-q", "--filter", label).split()) == 3
+        os.kill(process.pid, signal.SIGSTOP)  # it must not hear of the hub's end
+        os.kill(hub, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
+        eventually(lambda: docker("ps", "-q", "--filter", label) == "", 6 + 5)
+        process.wait(10)
+        assert docker("ps", "-aq", "--filter", label)
+        with executor(image=image) as ex:
+            assert ex.submit(abs, -1).result() == 1
+            eventually(lambda: docker("ps", "-aq", "--filter", label) == "")
 
 
 def test_the_example_has_the_same_table_as_locally(image: str, tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ def test_a_host_whose_clock_is_days_behind_says_that_it_may_be(shim: dict[str, s
 
 # Where the time of day is asked for: to be shown, or to be compared with times that others have written.
 SHOWN = {
-    "cli.py", "_bundle/_archive.py", "_serialize/_versions.py", "backends/_kubernetes_make.py", "backends/docker.py", "_cli/run_docker.py",
-    "_cli/run_job.py", "_cli/processes.py", "_cli/job_checks.py", "_cli/places.py", "_cli/probe.py",
+    "cli.py", "_bundle/_archive.py", "_serialize/_versions.py", "backends/_kubernetes_make.py", "backends/docker.py",
+    "_cli/run_docker.py", "_cli/run_job.py", "_cli/processes.py", "_cli/job_checks.py", "_cli/places.py", "_cli/probe.py",
 }  # fmt: skip
 
 

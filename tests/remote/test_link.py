@@ -298,7 +298,7 @@ class Impostors:
                 again = Retrying(wait=wait_none())
                 self._executor = FiberExecutor(1, backend="agents", launch_retry=again, driver_timeout=30)
                 self._future = self._executor.submit(int)
-                self._until(lambda: len(self._jobs.started) > self._used)
+                self._until(lambda: len(self._jobs.started) > self._used, 120)
             time.sleep(0.001)
         self._used = len(self._jobs.started)
         return self._jobs.started[-1]
