@@ -278,9 +278,9 @@ class KubernetesBackend:
             self._looked = now
             job, known = min(mute, key=lambda each: each[1].since)
             for reason, message in self._reader.events(job):
-                if reason in _SETUP:
-                    # The Secret with the credentials is ours, and on its way.
-                    missing = "not found" in message and f'secret "{job}"' not in message and now > known.since + _MISSING
+                # The Secret with the credentials is ours, and on its way.
+                if reason in _SETUP and f'secret "{job}"' not in message:
+                    missing = "not found" in message and now > known.since + _MISSING
                     known.heard = pods.Trouble(reason, message, missing)
         return ended
 

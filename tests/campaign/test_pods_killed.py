@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from services import cluster
 
 from fiberexec import FiberExecutor, WorkerLost
 from fiberexec._scheduler import core
+from fiberexec.backends._kubernetes_api import Api, ApiError
 
 FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
 BOUND = 1200 if FULL else 200  # seconds after which what is not done hangs
@@ -61,6 +61,7 @@ class Killer:
     def __init__(self, space: str, diary: Path, rng: random.Random) -> None:
         self.killed: dict[str, str] = {}  # how, by pod
         self._seen: list[dict[str, Any]] = []  # pods
+        self._api = Api(None, 1)
         self._space, self._diary, self._rng = space, diary, rng
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -74,14 +75,24 @@ class Killer:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(INTERVAL):
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            due = max(due + INTERVAL, time.monotonic())
             self._kill()
+        self._api.close()
+
+    def _call(self, method: str, pod: str = "", **body: Any) -> Any:
+        try:
+            path = f"/api/v1/namespaces/{self._space}/pods/{pod}".rstrip("/")
+            return self._api.call(
+                method, path, {} if pod else {"labelSelector": "fiberexec.job"}, body or None, patience=0.0, read=5.0
+            )
+        except ApiError as error:
+            print(f"{method} {pod}: {error}")  # the API server is being restarted, or the pod has gone
+            return None
 
     def _kill(self) -> None:
-        try:
-            self._seen = clusters.get("-n", self._space, "pods", "-l", "fiberexec.job")["items"]
-        except (AssertionError, subprocess.TimeoutExpired):
-            print("the API server is away")
+        self._seen = (self._call("GET") or {"items": self._seen})["items"]
         names = {one["metadata"]["name"]: one for one in self._seen if _is_up(one)}
         names = {name: pod for name, pod in names.items() if name not in self.killed}
         at_work = [name for name in sorted(names) if any(self._diary.glob(f"{name}.*"))]
@@ -91,11 +102,8 @@ class Killer:
         if how == "out of memory":
             (self._diary / f"eat.{name}").touch()
         elif how.startswith("delete"):
-            force = ["--grace-period=0", "--force"] if how.endswith("at once") else []
-            try:
-                clusters.kubectl("-n", self._space, "delete", "pod", name, "--wait=false", *force)
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                print(f"{name} is not deleted: {error}")
+            if self._call("DELETE", name, **({"gracePeriodSeconds": 0} if how.endswith("at once") else {})) is None:
+                return
         else:
             pids = _processes(names[name])
             if not pids:
