@@ -118,6 +118,13 @@ def test_what_others_have_written_stays_on_its_line_and_does_nothing_to_the_term
     assert len(output.splitlines()) == 2 and "two lines ?[2J" in output
 
 
+def test_ps_shows_what_a_program_in_a_job_was_started_with(fake: type[Fake]) -> None:
+    Fake.jobs = [job(1, "1@fx-1-1")]
+    Fake.jobs[0]["labels"] |= {"fiberexec.role": "driver", "fiberexec.command": "python train.py"}
+    (row,) = told("ps", "--backend", "fake")["jobs"]
+    assert (row["role"], row["command"]) == ("program", "python train.py")
+
+
 def test_ps_has_stable_keys(fake: type[Fake]) -> None:
     Fake.jobs = [job(1, f"{os.getpid()}@{HOST}")]
     answer = told("ps")

@@ -39,7 +39,7 @@ class Row(NamedTuple):
     host: str
     image: str
     started: float | None  # seconds since the epoch
-    command: str  # the driver's command line, where this host runs it
+    command: str  # of the driver, where this host runs it; of a program that `fiberexec run` has started
     role: str  # "worker", or "program" for what `fiberexec run` has started
 
     def is_called(self, name: str) -> bool:
@@ -104,7 +104,7 @@ class Places:
         user = str(labels.get("fiberexec.user", ""))
         if user.isdecimal() and driver.partition("@")[2] == _platform.host_name():
             user = processes.user_name(int(user))
-        command = self._table[int(driver.partition("@")[0])].command if runs else ""
+        command = self._table[int(driver.partition("@")[0])].command if runs else str(labels.get(run_base.COMMAND, ""))
         told = {key: str(job.get(key) or "") for key in ("id", "state", "program", "host", "image")}
         role = PROGRAM if labels.get(run_base.ROLE) == run_base.DRIVER else WORKER
         known = {"backend": name, "driver": driver, "user": user, "command": command, "role": role}

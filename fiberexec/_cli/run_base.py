@@ -15,6 +15,7 @@ from fiberexec._errors import ConfigError
 Put = Callable[[int, bytes], None]  # of a descriptor, 1 or 2, and what was written there
 ROLE = "fiberexec.role"  # the label of what runs a program; workers have none
 DRIVER = "driver"  # its value
+COMMAND = "fiberexec.command"  # the label, or annotation, with the program's command line
 
 
 class Wanted(NamedTuple):

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from fiberexec import _config
 from fiberexec._cli import run_code, run_first
-from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, followed, shown, variables
+from fiberexec._cli.run_base import COMMAND, DRIVER, ROLE, Fate, Put, Wanted, followed, shown, variables
 from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
@@ -308,7 +308,7 @@ def _labels(wanted: Wanted) -> dict[str, str]:
         "fiberexec.started": str(int(time.time())),
         "fiberexec.driver": f"1@{wanted.name}",
         "fiberexec.folder": _folder(wanted),
-        "fiberexec.command": shown(wanted.command),
+        COMMAND: shown(wanted.command),
     }
 
 

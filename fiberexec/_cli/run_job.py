@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fiberexec._cli import run_code, run_first
-from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Wanted, shown
+from fiberexec._cli.run_base import COMMAND, DRIVER, ROLE, Fate, Wanted, shown
 from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
@@ -131,7 +131,7 @@ def job(wanted: Wanted, checked: options.Options, image: str, account: str) -> d
         **checked.annotations,
         "fiberexec.driver": f"1@{wanted.name}",
         "fiberexec.folder": folder_of(wanted),
-        "fiberexec.command": shown(wanted.command),
+        COMMAND: shown(wanted.command),
     }
     container: dict[str, Any] = {
         "name": pods.WORKER,

@@ -123,10 +123,10 @@ class LocalPlace:
         return found
 
     def fetch(self, name: str, path: str) -> IO[bytes]:
-        raise FiberError(f"{name} runs on this host, and its files are here: cp does")
+        raise FiberError(f"{name} runs on this host, and so its files are here: copy them as any others (cp)")
 
     def send(self, name: str, path: str, source: str) -> None:
-        raise FiberError(f"{name} runs on this host, and its files are here: cp does")
+        raise FiberError(f"{name} runs on this host, and so its files are here: copy them as any others (cp)")
 
     def close(self) -> None:
         pass

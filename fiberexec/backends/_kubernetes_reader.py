@@ -71,7 +71,8 @@ class Reader:
 def described(pod: dict[str, Any]) -> dict[str, Any]:
     """A pod as the command line shows it."""
     meta = pod["metadata"]
-    labels = {**meta["labels"], "fiberexec.driver": meta.get("annotations", {}).get("fiberexec.driver", "")}
+    exact = {name: text for name, text in meta.get("annotations", {}).items() if name.startswith("fiberexec.")}
+    labels = {**meta["labels"], "fiberexec.driver": "", **exact}
     state = "terminating" if meta.get("deletionTimestamp") else str(pod["status"].get("phase", "")).lower()
     return {
         "id": pods.name(pod) if labels.get("fiberexec.role") == "outpost" else labels["fiberexec.job"],
