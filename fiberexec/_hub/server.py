@@ -9,7 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import mmap
 import os
@@ -34,8 +33,9 @@ from fiberexec._hub.memory import Memory
 from fiberexec._hub.peers import IN, NOBODY, OUT, Peer, Process
 from fiberexec._hub.pipes import Pipe
 from fiberexec._hub.queues import Queue
-from fiberexec._hub.shared import PARKED, Shared, Timer, Wait
+from fiberexec._hub.shared import PARKED, Shared, Timer
 from fiberexec._hub.switch import AgentLink, Switch
+from fiberexec._hub.timers import Timers
 from fiberexec._hub.wire import ERRORS, HELLO, HUB, MAGIC, POST, REPLY, REQUEST, TOKEN_SIZE
 from fiberexec._stream import Frame, ProtocolError, pack
 
@@ -74,10 +74,8 @@ class Hub(Shared):
         self._peers: dict[int, Peer] = {}  # by descriptor
         self.switch = Switch(self)
         self._others: dict[int, Callable[[int], None]] = {}  # by descriptor, what the switch follows
-        self._timers: list[tuple[float, int, Timer | Wait]] = []
-        self._most_timers = 1000  # then those that are done are dropped
-        self._order = itertools.count()
-        self._looks: list[Callable[[], None]] = []
+        self._timers = Timers()
+        self.at = self._timers.at
         self._root = os.getppid()
         self._next_glance = 0.0
         listener.setblocking(False)
@@ -102,10 +100,7 @@ class Hub(Shared):
                 self._next_glance = now + _GLANCE
                 if self.bytes:
                     self.free()
-            timeout = self._next_glance - now
-            if self._timers:
-                timeout = max(0.0, min(timeout, self._timers[0][0] - now))
-            for fd, event in self._poll(0 if self._looks else timeout):
+            for fd, event in self._poll(self._timers.pause(now, self._next_glance)):
                 peer = self._peers.get(fd)
                 if peer is not None:
                     self._serve(peer, event)
@@ -115,11 +110,7 @@ class Hub(Shared):
                     return
                 elif fd == self._listener.fileno():
                     self._accept()
-            looks, self._looks = self._looks, []
-            for look in looks:
-                look()
-            if self._timers:
-                self._run_timers()
+            self._timers.run()
             self.switch.speak()
 
     def follow(self, fd: int, events: int, call: Callable[[int], None]) -> None:
@@ -133,17 +124,6 @@ class Hub(Shared):
     def unfollow(self, fd: int) -> None:
         del self._others[fd]
         self._poller.unregister(fd)
-
-    def at(self, when: float, timer: Timer | Wait) -> None:
-        """Let ``timer`` be due at that time of the monotonic clock; 0: now, after another look at all connections."""
-        if when == 0.0:
-            self._looks.append(lambda: None if timer.done else timer.due())
-            return
-        heapq.heappush(self._timers, (when, next(self._order), timer))
-        if len(self._timers) > self._most_timers:
-            self._timers = [entry for entry in self._timers if not entry[2].done]
-            heapq.heapify(self._timers)
-            self._most_timers = 2 * len(self._timers) + 1000
 
     def release(self, size: int) -> None:
         """A queue holds so many bytes less."""
@@ -179,13 +159,6 @@ class Hub(Shared):
 
     def watch(self, peer: Peer, events: int) -> None:
         self._poller.modify(peer.sock, events)
-
-    def _run_timers(self) -> None:
-        now = monotonic()
-        while self._timers and self._timers[0][0] <= now:
-            timer = heapq.heappop(self._timers)[2]
-            if not timer.done:
-                timer.due()
 
     # -- connections
 
@@ -298,7 +271,7 @@ class Hub(Shared):
             if kind == REQUEST:
                 peer.fail(KeyError(f"the hub has no object {id} that could {op}; its last handle has gone, or it was fetched"))
         elif op in shared.looks:  # type: ignore[union-attr]
-            self._looks.append(lambda: self._carry_out(kind, peer, operation, args))
+            self._timers.look(lambda: self._carry_out(kind, peer, operation, args))
         else:
             self._carry_out(kind, peer, operation, args)
 

@@ -195,8 +195,8 @@ def test_mutated_messages_of_a_jobs_own_agent_cost_its_own_job_at_most(place: Pl
         job.end((None, "", "", False))
         job.link.relays.close()
         place.launcher.fleets.pop(fleet, None)
-        place.hub._timers.clear()  # nobody runs them, and they would keep what has ended
-        place.hub._looks.clear()
+        place.hub._timers._entries.clear()  # nobody runs them, and they would keep what has ended
+        place.hub._timers._looks.clear()
     assert list(others.jobs.values()) == [other] and other.workers[OTHERS].started and not other.why_lost
     assert place.hear(other, b"".join(theirs.take()))
     assert set(place.hub.switch.links) == {other.id}
