@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import services
+from clusters import namespace
 
 from fiberexec import mp
 from fiberexec._hub import launch
@@ -36,14 +37,18 @@ EVERYWHERE = {
     "test_pool", "test_pool_faults", "test_pool_life", "test_process", "test_process_family", "test_queues", "test_ring",
     "test_sharedctypes", "test_synchronize",
 }  # fmt: skip
+# And those whose tests are about processes in jobs.
+ELSEWHERE = {"test_elsewhere", "test_elsewhere_memory", "test_elsewhere_queues"}
 # "docker" and "kubernetes" take half an hour each; and images are made while the first test waits.
 FURTHER = [pytest.param(name, marks=pytest.mark.timeout(400)) for name in os.environ.get("TEST_MP_BACKENDS", "").split()]
 BACKENDS = ["local", "agents", *FURTHER]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    everywhere = metafunc.module.__name__.rpartition(".")[2] in EVERYWHERE
-    if everywhere and metafunc.definition.get_closest_marker("one_host") is None:
+    name, one_host = metafunc.module.__name__.rpartition(".")[2], metafunc.definition.get_closest_marker("one_host")
+    if name in ELSEWHERE:
+        metafunc.parametrize("backend", ["agents"] if one_host else BACKENDS[1:], indirect=True)
+    elif name in EVERYWHERE and not one_host:
         metafunc.parametrize("backend", BACKENDS, indirect=True)
 
 
@@ -68,7 +73,7 @@ def backend(request: pytest.FixtureRequest, no_settings: None, monkeypatch: pyte
 
 @pytest.fixture(scope="session")
 def space() -> Iterator[str]:
-    with pods.namespace() as name:
+    with namespace("privileged") as name:  # its pods see a folder of this machine
         yield name
 
 

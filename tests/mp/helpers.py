@@ -23,6 +23,7 @@ from fiberexec import mp
 
 LIMIT = 90.0 if os.environ.get("TEST_MP_BACKENDS") else 30.0  # seconds after which a test that waits gives up
 LONG = 1000.0  # seconds that somebody sleeps whom somebody ends
+MIB = 1 << 20
 SHORT = 0.05  # seconds that something is given to happen which must not
 
 
@@ -66,6 +67,27 @@ def in_thread(target: Callable[..., object], *args: Any) -> threading.Thread:
     started = threading.Thread(target=target, args=args)
     started.start()
     return started
+
+
+def sending(end: Any, *values: object) -> threading.Thread:
+    """Send values on a connection, in a thread."""
+
+    def send() -> None:
+        for value in values:
+            end.send(value)
+
+    return in_thread(send)
+
+
+def close(*ends: Any) -> None:
+    for end in ends:
+        end.close()
+
+
+def killed(pid: int) -> None:
+    """Kill a child that was forked."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def forked(*calls: Callable[[], object]) -> int:

@@ -17,19 +17,10 @@ import pytest
 from fiberexec.mp import connection
 from fiberexec.mp.connection import Client, Connection, ConnectionLost, Listener
 
-from .carriers import Pipe, both
-from .helpers import Unloadable, in_thread
+from .carriers import LARGE, Pipe, both
+from .helpers import Unloadable, in_thread, sending
 
-LARGE = [1 << 16, (1 << 20) + 3]
 pytestmark = pytest.mark.usefixtures("carrier", "folder_of_sockets")
-
-
-def sending(end: Connection, *values: object) -> threading.Thread:
-    def send() -> None:
-        for value in values:
-            end.send(value)
-
-    return in_thread(send)
 
 
 @both

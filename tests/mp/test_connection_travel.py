@@ -17,19 +17,10 @@ from fiberexec import FiberExecutor, mp
 from fiberexec._serialize import dumps, loads
 from fiberexec.mp.connection import Connection
 
-from .carriers import Pipe, both, of_the
-from .helpers import Unloadable, forked, in_thread
+from .carriers import LARGE, Pipe, both, of_the
+from .helpers import Unloadable, forked, in_thread, sending
 
-LARGE = [1 << 16, (1 << 20) + 3]
 pytestmark = pytest.mark.usefixtures("carrier", "folder_of_sockets")
-
-
-def sending(end: Connection, *values: object) -> threading.Thread:
-    def send() -> None:
-        for value in values:
-            end.send(value)
-
-    return in_thread(send)
 
 
 # -- ends that travel

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import queue as standard
 import signal
 import socket
 import sys
@@ -23,14 +20,6 @@ from fiberexec.mp import connection
 from fiberexec.mp._hubconnection import HubConnection
 
 from .helpers import LIMIT, LONG, ended, eventually, process
-
-BACKENDS = ["agents"]
-
-
-@pytest.fixture(autouse=True, params=BACKENDS)
-def elsewhere(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FIBEREXEC_BACKEND", request.param)
-    return str(request.param)
 
 
 def agents() -> list[Any]:
@@ -69,6 +58,7 @@ def test_a_process_has_its_parents_environment_and_arguments_of_this_moment(monk
     assert ended(helper) == [0]
 
 
+@pytest.mark.one_host("the settings are those of one backend")
 def test_what_a_process_starts_has_the_settings_of_its_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def look(answer: Any) -> None:
         settings = _config.load()
@@ -91,105 +81,6 @@ def test_what_a_process_starts_has_the_settings_of_its_parent(monkeypatch: pytes
     child.start()
     assert ended(child) == [0]
     assert answer.get(timeout=LIMIT)[0] == "agents"
-
-
-# -- queues
-
-
-@pytest.mark.parametrize("kind", ["Queue", "JoinableQueue"])
-def test_what_a_consumer_took_ahead_and_sits_on_goes_to_others(kind: str) -> None:
-    def consume(source: Any, told: Any, go_on: Any) -> None:
-        for _ in range(400):  # fast, so that it takes some ahead
-            source.get()
-        told.put("sits")
-        go_on.wait()
-
-    source, told, go_on = getattr(mp, kind)(), mp.Queue(), mp.Event()
-    for number in range(1000):
-        source.put(number)
-    helper = process(consume, source, told, go_on)
-    assert told.get(timeout=LIMIT) == "sits"
-    assert sorted(source.get(timeout=LIMIT) for _ in range(600)) == list(range(400, 1000))
-    with pytest.raises(standard.Empty):
-        source.get_nowait()
-    assert source.empty()
-    go_on.set()
-    assert ended(helper) == [0]
-
-
-def test_who_does_not_want_to_wait_gets_what_a_consumer_does_not_need() -> None:
-    def consume(source: Any, told: Any, go_on: Any) -> None:
-        for _ in range(300):
-            source.get()
-        told.set()
-        go_on.wait()
-
-    source, told, go_on = mp.Queue(), mp.Event(), mp.Event()
-    for number in range(500):
-        source.put(number)
-    helper = process(consume, source, told, go_on)
-    assert told.wait(LIMIT)
-    assert sorted(source.get_nowait() for _ in range(200)) == list(range(300, 500))
-    go_on.set()
-    assert ended(helper) == [0]
-
-
-def test_several_consumers_get_every_item_once_and_fast() -> None:
-    def consume(source: Any, results: Any) -> None:
-        for item in iter(source.get, None):
-            results.put(item)
-
-    source, results = mp.Queue(), mp.Queue()
-    helpers = [process(consume, source, results) for _ in range(3)]
-    for number in range(5000):
-        source.put(number)
-    assert sorted(results.get(timeout=LIMIT) for _ in range(5000)) == list(range(5000))
-    for _ in helpers:
-        source.put(None)
-    assert ended(*helpers) == [0] * 3
-
-
-@pytest.mark.parametrize("kind", ["Queue", "JoinableQueue"])
-def test_what_a_killed_consumer_had_got_stays_got_and_the_rest_comes_back_in_order(kind: str) -> None:
-    def consume(source: Any, told: Any) -> None:
-        for _ in range(300):
-            source.get()
-            if kind == "JoinableQueue":
-                source.task_done()
-        told.set()
-        time.sleep(LONG)
-
-    source, told = getattr(mp, kind)(), mp.Event()
-    for number in range(700):
-        source.put(number)
-    victim = process(consume, source, told)
-    assert told.wait(LIMIT)
-    victim.kill()
-    assert ended(victim) == [-signal.SIGKILL]
-    assert [source.get(timeout=LIMIT) for _ in range(400)] == list(range(300, 700))
-    assert source.empty()
-
-
-def test_threads_of_a_job_that_end_give_back_what_they_took_ahead() -> None:
-    def consume(source: Any, results: Any) -> None:
-        def some() -> None:
-            for _ in range(200):
-                results.put(source.get())
-
-        for _ in range(3):
-            thread = threading.Thread(target=some)
-            thread.start()
-            thread.join()
-            gc.collect()
-        results.put(sorted(source.get() for _ in range(400)))
-
-    source, results = mp.Queue(), mp.Queue()
-    for number in range(1000):
-        source.put(number)
-    helper = process(consume, source, results)
-    got = [results.get(timeout=LIMIT) for _ in range(600)]
-    assert sorted(got + results.get(timeout=LIMIT)) == list(range(1000))
-    assert ended(helper) == [0]
 
 
 # -- both directions, nested
@@ -371,108 +262,10 @@ def test_a_listener_here_is_reached_from_a_job_and_closing_it_ends_accept() -> N
     assert ended(helper) == [0]
 
 
-# -- Value and Array
-
-
-class Body(ctypes.Structure):
-    _fields_ = (("mass", ctypes.c_double), ("low", ctypes.c_int, 3), ("high", ctypes.c_int, 5), ("place", ctypes.c_int * 3))
-
-
-def test_an_array_in_the_hub_has_what_a_ctypes_array_has() -> None:
-    local = (ctypes.c_int * 6)(*range(6))
-    array = mp.RawArray("i", range(6))
-    for key in (0, -1, slice(None), slice(1, 4), slice(None, None, 2), slice(None, None, -1), slice(4, 1, -2), slice(3, 3)):
-        assert array[key] == local[key], key
-    array[1:3] = local[1:3] = [10, 20]
-    array[-1] = local[-1] = 50
-    assert list(array) == list(local) and len(array) == 6
-    for wrong, error in ((lambda: array[6], IndexError), (lambda: array[-7], IndexError), (lambda: array["x"], TypeError)):
-        with pytest.raises(error):
-            wrong()
-    with pytest.raises(ValueError):
-        array[0:2] = [1, 2, 3]
-    with pytest.raises(ValueError):
-        array[::2] = [1, 2, 3]
-    with pytest.raises(TypeError):
-        array[0] = "x"
-    text = mp.Array("c", 5)
-    text.value = b"abc"
-    assert text[0] == b"a" and text[1:3] == b"bc" and text.raw == b"abc\0\0"
-    with pytest.raises(ValueError):
-        text.raw = b"too long"
-
-
-def test_structures_in_the_hub_are_written_field_by_field() -> None:
-    bodies = mp.RawArray(Body, 2)
-    bodies[1].mass = 2.5
-    bodies[1].low, bodies[1].high = 2, -3
-    bodies[1].place[2] = 7
-    bodies[1].place[0:2] = [5, 6]
-    assert (bodies[1].mass, bodies[1].low, bodies[1].high, bodies[1].place[:]) == (2.5, 2, -3, [5, 6, 7])
-    assert (bodies[0].mass, bodies[0].low, bodies[0].place[:]) == (0, 0, [0, 0, 0])
-    assert [body.mass for body in bodies] == [0, 2.5]
-    with pytest.raises(AttributeError):
-        bodies[0].weight = 1
-    with pytest.raises(AttributeError):
-        print(bodies[0].weight)
-
-
-def test_large_arrays_are_read_and_written_in_parts() -> None:
-    def double(array: Any) -> None:
-        array[1000:200_000] = [2 * number for number in array[1000:200_000]]
-
-    array = mp.RawArray("q", 300_000)
-    array[:] = range(300_000)
-    assert ended(process(double, array)) == [0]
-    assert array[999] == 999 and array[1000] == 2000 and array[199_999] == 399_998 and array[200_000] == 200_000
-
-
-def test_there_is_no_memory_to_look_into_and_that_is_said() -> None:
-    value, array = mp.Value("i"), mp.Array("d", 3)
-    for shared in (value, array):
-        with pytest.raises(TypeError, match="other hosts"):
-            shared.get_obj()
-    numpy = pytest.importorskip("numpy")
-    raw = mp.RawArray("d", 3)
-    with pytest.raises(TypeError, match="other hosts"):
-        numpy.asarray(raw)
-    with pytest.raises(TypeError):
-        numpy.frombuffer(raw)
-
-
-def test_memory_of_a_jobs_own_host_is_had_from_the_local_context() -> None:
-    def child(answer: Any) -> None:
-        context = mp.get_context("local")
-        array = context.Array("i", 3)
-
-        def fill(array: Any) -> None:
-            memoryview(array.get_obj()).cast("B").cast("i")[1] = 5
-
-        helper = context.Process(target=fill, args=(array,))
-        helper.start()
-        helper.join()
-        answer.put((helper.exitcode, array[:]))
-
-    answer = mp.Queue()
-    helper = process(child, answer)
-    assert answer.get(timeout=LIMIT) == (0, [0, 5, 0])
-    assert ended(helper) == [0]
-
-
-def test_memory_goes_with_its_last_handle() -> None:
-    from fiberexec._hub import client
-    from fiberexec._hub.wire import HUB
-
-    array = mp.RawArray("b", 100)
-    id = array._memory._id
-    del array
-    with pytest.raises(KeyError):
-        client.call("ping", HUB), client.call("read", id, 0, 1)
-
-
 # -- whole jobs
 
 
+@pytest.mark.one_host("the agent is killed here")
 def test_what_a_job_held_that_is_killed_with_its_agent_comes_back() -> None:
     def hold(lock: Any, end: Any, source: Any, barrier: Any, told: Any) -> None:
         lock.acquire()

@@ -82,9 +82,7 @@ def test_a_forked_child_that_ends_takes_nothing_of_it_away(parent: Path) -> None
     assert Path(address.path).exists()
 
 
-def test_only_what_is_left_by_this_user_and_where_nobody_listens_goes(
-    parent: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_is_left_by_this_user_and_where_nobody_listens_goes(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = parent / "fiberexec-hub-used"
     used.mkdir()
     other = parent / "other"

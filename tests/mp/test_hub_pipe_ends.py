@@ -23,20 +23,7 @@ from fiberexec._serialize import dumps, loads
 from fiberexec.mp import connection
 from fiberexec.mp._hubconnection import pipe
 
-from .helpers import LIMIT, forked, in_thread
-
-MIB = 1 << 20
-
-
-def killed(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def close(*ends: Any) -> None:
-    for end in ends:
-        end.close()
-
+from .helpers import LIMIT, MIB, close, forked, in_thread, killed
 
 # -- ends that close
 

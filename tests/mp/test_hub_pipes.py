@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from functools import partial
@@ -19,20 +18,7 @@ from fiberexec._hub.wire import HUB
 from fiberexec.mp import connection
 from fiberexec.mp._hubconnection import HubConnection, pipe
 
-from .helpers import LIMIT, eventually, in_thread
-
-MIB = 1 << 20
-
-
-def killed(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def close(*ends: Any) -> None:
-    for end in ends:
-        end.close()
-
+from .helpers import LIMIT, MIB, close, eventually, in_thread
 
 # -- which pipes these are
 

@@ -114,7 +114,7 @@ def test_at_the_end_daemons_are_ended_and_others_joined(tmp_path: Path) -> None:
         from fiberexec import mp
 
         def stay(begun):
-            file = open("{tmp_path / 'daemon'}", "w")
+            file = open("{tmp_path / "daemon"}", "w")
             fcntl.flock(file, fcntl.LOCK_SH)
             begun.set()
             time.sleep(1000)
@@ -140,7 +140,7 @@ def test_when_the_program_is_killed_its_processes_and_theirs_go(tmp_path: Path, 
         from fiberexec import mp
 
         def stay():
-            fcntl.flock(os.open("{tmp_path / 'family'}", os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)
+            fcntl.flock(os.open("{tmp_path / "family"}", os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)
             print("up", flush=True)
 
         def grandchild():

@@ -25,10 +25,6 @@ from .helpers import LIMIT, SHORT, ended, process
 KINDS = ["Queue", "JoinableQueue"]
 
 
-
-
-
-
 def produce(queue: Any, numbers: range) -> None:
     for number in numbers:
         queue.put(number)
