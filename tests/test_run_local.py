@@ -193,6 +193,7 @@ def test_what_is_wrong_with_the_command_line_is_said(fx: Runner) -> None:
         (("--env", "NOWHERE_TO_BE_FOUND"), "there is no such variable"),
         (("--env", "=x"), "--env must be NAME=VALUE"),
         (("--volume", "here"), "--volume must be SOURCE:FOLDER"),
+        (("--volume", "/data:/data"), "--volume: a program on this host sees its folders where they are"),
         (("--memory", "much"), "memory must be an int"),
         (("--attach", "--detach"), "exclude each other"),
     ]:

@@ -189,6 +189,8 @@ def _wanted(backend: str | None, command: tuple[str, ...], name: str | None, opt
     if settings.backend not in _BACKENDS:
         raise ConfigError(f"`fiberexec run` knows the backends {', '.join(_BACKENDS)}, not {settings.backend!r}: --backend")
     volumes = (_claims if settings.backend == "kubernetes" else _volumes)(options["volume"])
+    if volumes and settings.backend == "local":
+        raise ConfigError("--volume: a program on this host sees its folders where they are; leave it out, or give --backend")
     if volumes:
         given = dict(settings.backend_options)
         given["volumes"] = {**given.get("volumes", {}), **volumes}
