@@ -30,7 +30,7 @@ executor = FiberExecutor(1, env={"PYTHONUNBUFFERED": "1"})
 future = executor.submit(task)
 while not future.running():
     time.sleep(0.05)
-print(executor.workers()[0].job, flush=True)
+print("job", executor.workers()[0].host, flush=True)  # a pod is called as its host
 sys.stdin.read()
 """
 
@@ -62,11 +62,13 @@ def driver(space: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def first_line(process: subprocess.Popen[str]) -> str:
+def job_of(process: subprocess.Popen[str]) -> str:
+    """The pod of its worker, which has begun to work."""
     assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    assert line, "it has ended"
-    return line
+    for line in process.stdout:
+        if line.startswith("job "):  # else it is the task's
+            return line.split()[1]
+    raise AssertionError("it has ended")
 
 
 def rows() -> dict[str, dict[str, Any]]:
@@ -76,9 +78,10 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 def test_pods_of_another_driver_are_seen_read_and_ended(driver: subprocess.Popen[str], space: str) -> None:
-    job = first_line(driver)
+    job = job_of(driver)
+    until(lambda: rows()[job]["state"] == "running")  # the worker may say so before the cluster does
     row = rows()[job]
-    assert row["driver"] == f"{driver.pid}@{HOST}" and row["driver_runs"] is True and row["state"] == "running"
+    assert row["driver"] == f"{driver.pid}@{HOST}" and row["driver_runs"] is True
     assert row["role"] == "worker" and row["backend"] == "kubernetes"
     until(lambda: run("logs", "--backend", "kubernetes", job).stdout == "one\ntwo\n")
     assert told("clean", "--backend", "kubernetes", "--dry-run")["removed"] == []
@@ -91,7 +94,7 @@ def test_pods_of_another_driver_are_seen_read_and_ended(driver: subprocess.Popen
 
 
 def test_logs_follow_a_pod_to_its_end(driver: subprocess.Popen[str], space: str) -> None:
-    job = first_line(driver)
+    job = job_of(driver)
     command = [sys.executable, "-m", "fiberexec", "logs", "-f", "--backend", "kubernetes", job]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follow:
         assert follow.stdout is not None
