@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
+from fiberexec import _config
 from fiberexec import _messages as messages
 from fiberexec._hub.fleet import Fleet, Launcher
 from fiberexec._hub.jobs import Job
 from fiberexec._hub.server import Hub
 from fiberexec._relay import PIECE
-from fiberexec._remote import RemoteBackend
+from fiberexec._remote import Elsewhere, RemoteBackend
 from fiberexec._session import CLOSE, CONTROL, CREDIT, DATA, KEY_SIZE, OPEN, Session
 from fiberexec._stream import ProtocolError
 from fiberexec.backends.base import Exit
@@ -164,6 +165,8 @@ def test_mutated_messages_of_a_jobs_own_agent_cost_its_own_job_at_most(place: Pl
         theirs.push(CONTROL, 0, messages.encode(said))
     assert place.hear(other, b"".join(theirs.take()))
     assert [event[:2] for event in place.told] == [("started", OTHERS)]
+    settings = _config.load(backend="agents")
+    backend = RemoteBackend(Elsewhere("agents", settings), settings)
     count: Counter[str] = Counter()
     heard = 0
     while heard < COUNT:
@@ -189,7 +192,7 @@ def test_mutated_messages_of_a_jobs_own_agent_cost_its_own_job_at_most(place: Pl
                 break
         for event in place.told:
             count[event[0]] += 1
-        understood(place.told)
+        understood(backend, place.told)
         while place.hub._peers:
             place.hub._close(next(iter(place.hub._peers.values())))
         job.end((None, "", "", False))
@@ -204,10 +207,10 @@ def test_mutated_messages_of_a_jobs_own_agent_cost_its_own_job_at_most(place: Pl
     assert count["accepted"] > heard / 20 and count["jobs"] > heard / 100
 
 
-def understood(told: list[tuple[Any, ...]]) -> None:
+def understood(backend: RemoteBackend, told: list[tuple[Any, ...]]) -> None:
     """What the owner's backend makes of it: it never fails, and is never about somebody else's worker."""
-    backend = RemoteBackend.__new__(RemoteBackend)
-    backend._workers, backend._cells, backend._found = {MINE: True}, {}, []
+    backend._workers[MINE] = True
+    backend._found = []
     for event in told:
         if event[0] == "output":
             assert isinstance(event[1], int) and isinstance(event[2], bytes)
