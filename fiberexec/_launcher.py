@@ -170,6 +170,8 @@ class Launcher:
         place = self._jobs.get(job)
         try:
             text = place.backend.explain(job) if place is not None else "its start is being prepared"
+            if not text and job in self._preparing:
+                text = "the way by which jobs reach this host is being made"
         except Exception as error:
             text = repr(error)
         self._post("explained", job, text)

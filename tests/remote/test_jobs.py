@@ -180,6 +180,21 @@ def test_a_job_that_nobody_can_explain_is_given_up_after_startup_timeout(
     assert isinstance(error, BrokenExecutor) and "startup_timeout" in str(error)
 
 
+def test_who_waits_for_the_way_to_this_host_is_told_so(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reach, go = AgentBackend.reach, threading.Event()
+
+    def slow(backend: AgentBackend, port: int, program: str) -> tuple[str, ...]:
+        go.wait(LIMIT)
+        return reach(backend, port, program)
+
+    monkeypatch.setattr(AgentBackend, "reach", slow)
+    try:
+        error = make(1, startup_timeout=4).submit(int).exception(LIMIT)
+    finally:
+        go.set()
+    assert isinstance(error, BrokenExecutor) and "jobs reach this host is being made" in str(error.__cause__), error
+
+
 def other_python() -> str | None:
     mine = sys.version_info[:2]
     for path in [*os.environ.get("TOX_DISCOVER", "").split(os.pathsep), *map(shutil.which, ["python3.12", "python3.11"])]:
