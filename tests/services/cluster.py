@@ -78,6 +78,8 @@ def restart(name: str) -> None:
         raise ServiceError(f"{name} does not run")
     command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
     daemon.stop(signal.SIGKILL)
+    # Its port is free when the last of its threads has gone, which may be after the first, by which it is known.
+    wait_until(lambda: len(list(Path(f"/proc/{pid}/task").glob("*"))) <= 1, 30)
     daemon.start(*command)
     node = ("wait", "--for", "condition=Ready", f"node/{NODE}", "--timeout", "5s")
     daemon.wait(lambda: _kubectl("get", "--raw", "/readyz") and (name != "kubelet" or _kubectl(*node)), 90)
