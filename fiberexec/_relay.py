@@ -20,6 +20,7 @@ from fiberexec._session import CLOSE, CREDIT, DATA, OPEN, Packet
 from fiberexec._stream import Buffer, ProtocolError
 
 PIECE = 1 << 18  # bytes that are read at once
+_LITTLE = 1 << 16  # bytes that are read at once as long as there are not more: this much malloc() has at hand
 WINDOW = 4 * PIECE  # bytes
 IN, OUT = select.POLLIN, select.POLLOUT
 
@@ -41,6 +42,7 @@ class Relay:
         self._socket = sock
         self._out: deque[Buffer] = deque()  # arrived, not yet written
         self._credit = WINDOW  # bytes that may be read
+        self._size = _LITTLE  # bytes that are asked for
         self._written = 0  # bytes for which no credit has been given yet
         self._ending = False  # the other end has closed
         self._deaf = False  # nobody reads what is written to the socket
@@ -71,7 +73,8 @@ class Relay:
 
     def _read(self) -> None:
         try:
-            data = self._socket.recv(min(PIECE, self._credit))
+            data = self._socket.recv(min(self._size, self._credit))
+            self._size = PIECE if len(data) >= _LITTLE else _LITTLE
         except (BlockingIOError, InterruptedError):
             if not self._last:
                 return
