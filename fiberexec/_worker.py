@@ -48,8 +48,7 @@ class _Slice:
     """Plain items that run in one loop; ``columns`` may be cut short, and ``results`` be taken out, while it runs."""
 
     def __init__(self, first: int, columns: list[list[Any]]) -> None:
-        self.first = first  # number of the first item
-        self.number = first  # number of the first of the results
+        self.first = self.number = first  # numbers of the first item, and of the first of the results
         self.columns = columns
         self.results: list[Any] = []
         self.began = monotonic()
@@ -158,22 +157,20 @@ class Worker:
 
     def _excuse(self, seconds: float | None) -> None:
         """A task waits for its code (None), or has waited so long: that is not its own time."""
-        cell = self._cell
         if get_ident() != self._thread:
             return  # a thread of the task's waits, not the task
         if seconds is None:
-            self._began = cell[STARTED]
-            cell[STARTED] = monotonic_ns() + SHIPPING
+            self._began = self._cell[STARTED]
+            self._cell[STARTED] = monotonic_ns() + SHIPPING
         else:
-            cell[STARTED] = self._began + int(seconds * 1e9)
+            self._cell[STARTED] = self._began + int(seconds * 1e9)
 
     def _leave(self) -> None:
         """What a process does when it ends in order: other threads, then functions registered by tasks."""
-        threading = sys.modules.get("threading")
-        if threading is not None:
-            threading._shutdown()
         import atexit
 
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -216,11 +213,10 @@ class Worker:
             self._run_columns(number, function_id, loads(data, buffers), start, stop)
         else:
             items = loads(data, buffers)
-            load: Callable[[int], Any]
-            if kind == messages.ITEMS:
-                load = lambda index: loads(items[index])  # noqa: E731
-            else:
-                load = lambda index: (tuple(column[index] for column in items), {})  # noqa: E731
+
+            def load(index: int) -> Any:
+                return loads(items[index]) if kind == messages.ITEMS else (tuple(column[index] for column in items), {})
+
             for index in range(start, stop):
                 if not self._claim(number, 1, stop - index):
                     return
@@ -237,10 +233,8 @@ class Worker:
         self._outbox.reply(number, rest or size, messages.RECALLED, b"", (), 0.0)
         return False
 
-    def _function(self, function_id: int) -> Any:
-        function = self._functions[function_id]
-        if type(function) is tuple:
-            function = self._functions[function_id] = loads(*function)
+    def _load_function(self, function_id: int) -> Any:
+        function = self._functions[function_id] = loads(*self._functions[function_id])
         self._hook_logging()
         return function
 
@@ -254,7 +248,7 @@ class Worker:
         try:
             function = self._functions[function_id]
             if type(function) is tuple:
-                function = self._function(function_id)
+                function = self._load_function(function_id)
             args, kwargs = load(index)
             value = function(*args, **kwargs)
             args = kwargs = None
@@ -291,7 +285,7 @@ class Worker:
             try:
                 function = self._functions[function_id]
                 if type(function) is tuple:
-                    function = self._function(function_id)
+                    function = self._load_function(function_id)
                 numbers = range(number, number + size)
                 if len(columns) == 1:
                     for cell[RUNNING], item in zip(numbers, part.columns[0]):
@@ -329,11 +323,9 @@ class Worker:
         results = part.results[:]
         if not results:
             return
+        number, part.number = part.number, part.number + len(results)  # first: a nudge may come in between
         del part.results[: len(results)]
-        number = part.number
-        part.number += len(results)
-        seconds = now - part.began
-        part.began = now
+        seconds, part.began = now - part.began, now
         if len(results) > 1 and is_plain(results):
             self._outbox.reply(number, len(results), messages.VALUES, dumps_plain(results), (), seconds)
             return
@@ -393,10 +385,7 @@ class Worker:
             self._logging = True
             from fiberexec._output import forward_logging
 
-            forward_logging(self._log_levels, self._log)
-
-    def _log(self, record: tuple[Any, ...]) -> None:
-        self._outbox.log((task_id(), *record))
+            forward_logging(self._log_levels, lambda record: self._outbox.log((task_id(), *record)))
 
 
 current: Worker | None = None  # this process' worker, None in every other process
