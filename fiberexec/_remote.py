@@ -188,8 +188,12 @@ class RemoteBackend:
             assert self._hub is not None
             try:
                 connection = client.attach(self._hub, ("attach", self._fleet, (worker,)))
-            except OSError:
-                return  # the hub's end is about to be read
+            except HubLost:
+                return  # its end is about to be read
+            except OSError as error:  # no more descriptors: nobody can talk to this worker
+                self._post("signal", worker, 9, True)
+                self._refuse(worker, error, False)
+                return
             self._workers[worker] = True
             has = self._narrowed(Resources(*size))
             pool = Pool(job, has, tuple(devices)[: has.gpu])

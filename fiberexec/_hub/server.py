@@ -378,6 +378,8 @@ def main(listener: int, lifeline: int) -> None:
     try:
         hub.run()
         hub.finish()
+    except BaseException:  # a defect: whoever loses everything with this process is told why
+        traceback.print_exc()
     finally:
         launch.remove_folder(path)
         os._exit(0)
