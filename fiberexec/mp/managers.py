@@ -89,7 +89,9 @@ class BaseManager(multiprocessing.managers.BaseManager):
                     process.join()
                 if not isinstance(error, EOFError):
                     raise
-                raise ManagerLost(f"the manager's process ended before it served: exit code {process.exitcode}") from error
+                lost = getattr(process, "lost", None)  # multiprocessing's own has none
+                why = f"exit code {process.exitcode}" + (f": {lost}" if lost else "")
+                raise ManagerLost(f"the manager's process ended before it served: {why}") from error
         self._process = process
         self._state.value = standard.State.STARTED
         waits = [self._shutdown_timeout] if hasattr(self, "_shutdown_timeout") else []  # from Python 3.11 on
