@@ -25,7 +25,7 @@ from .conftest import docker, eventually
 FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
 ROOT = Path(__file__).parents[2]
 pytestmark = [
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(600 if FULL else 180),
     # Docker's SDK leaves the socket of a connection that is refused to the garbage collector.
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
@@ -50,6 +50,29 @@ def test_tasks_run_in_containers_and_nothing_is_left_of_them(image: str) -> None
         hosts = {future.result() for future in [ex.submit(socket.gethostname) for _ in range(20)]}
         assert socket.gethostname() not in hosts
         assert {host[:12] for host in containers()} >= hosts
+    eventually(lambda: not containers())
+
+
+def test_containers_that_are_warm_are_used_again(image: str) -> None:
+    with executor(2, image=image) as ex:
+        first = {future.result() for future in [ex.submit(socket.gethostname) for _ in range(10)]}
+        began = containers()
+        time.sleep(1)  # nothing to do
+        for _ in range(3):
+            assert {future.result() for future in [ex.submit(socket.gethostname) for _ in range(10)]} <= {
+                one[:12] for one in containers()
+            }
+        assert set(began) <= set(containers()) and len(containers()) <= 2 and ex.stats().started <= 2
+        assert first <= {one[:12] for one in containers()}
+
+
+def test_twenty_containers_work_at_once_and_none_is_given_up(image: str) -> None:
+    """As many as this machine may take: their agents start at the same time."""
+    count = 20 if FULL else 6
+    with executor(count, image=image, min_workers=count) as ex:
+        eventually(lambda: ex.stats().idle == count, 300 if FULL else 100)
+        assert ex.stats().failed_launches == 0 and len(containers()) == count
+        assert list(ex.map(abs, range(-100, 0))) == list(range(100, 0, -1))
     eventually(lambda: not containers())
 
 
