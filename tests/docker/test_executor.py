@@ -187,7 +187,7 @@ def test_a_driver_that_is_killed_together_with_its_hub_leaves_nothing_that_runs_
         os.kill(process.pid, signal.SIGSTOP)  # it must not hear of the hub's end
         os.kill(hub, signal.SIGKILL)
         process.send_signal(signal.SIGKILL)
-        eventually(lambda: docker("ps", "-q", "--filter", label) == "", 6 + 5)
+        eventually(lambda: docker("ps", "-q", "--filter", label) == "", 6 + 10)  # of which the engine takes its part
         process.wait(10)
         assert docker("ps", "-aq", "--filter", label)
         with executor(image=image) as ex:
