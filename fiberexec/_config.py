@@ -72,7 +72,9 @@ def load(**arguments: object) -> Settings:
     for name, value in arguments.items():
         if value is not ... and (value is not None or name == "idle_timeout"):
             given[name] = value, ARGUMENT
-    if "backend_options" in given and meant.get(given["backend_options"][1]) not in (None, given.get("backend", ("",))[0]):
+    wanted = given.get("backend", (None,))[0]
+    owner = meant.get(given["backend_options"][1], wanted) if "backend_options" in given else wanted
+    if owner != wanted and (owner is not None or wanted == "local"):  # which has none
         del given["backend_options"]  # they are another backend's
     values: dict[str, Any] = {name: check(name, value, source) for name, (value, source) in given.items()}
     for name in ("cpu", "memory"):

@@ -339,3 +339,8 @@ def test_options_are_those_of_the_backend_that_they_were_set_for(elsewhere: Path
     assert load().backend_options == {"namespace": "n"}
     monkeypatch.delenv("FIBEREXEC_BACKEND_OPTIONS")
     assert load().backend_options == {}
+    monkeypatch.setenv("FIBEREXEC_BACKEND_OPTIONS", '{"namespace": "n"}')
+    monkeypatch.setenv("FIBEREXEC_BACKEND", "")
+    (elsewhere / "fiberexec.toml").unlink()
+    assert load().backend_options == load(backend="docker").backend_options == {"namespace": "n"}  # nobody says whose they are
+    assert load(backend="local").backend_options == {}
