@@ -18,7 +18,7 @@ import fiberexec
 
 ROOT = str(Path(fiberexec.__file__).parents[1])
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DEADLINE = 90.0  # seconds, for what takes a few where nothing else runs
+DEADLINE = 180.0  # seconds, for what takes a few where nothing else runs
 
 # A program with two workers that both have something to do, until it is interrupted.
 WORKS = """
