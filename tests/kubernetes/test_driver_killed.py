@@ -20,7 +20,9 @@ LONGEST = 12.0  # seconds that a driver lives, at most: its start is in it, and 
 COLLECTED = 60.0  # seconds: an outpost has 10 s more, its Job 10 s then; the cluster collects when it has time for it
 WORK = f"""
 with FiberExecutor(2, backend="kubernetes", driver_timeout={TIMEOUT}) as executor:
-    print("begun", flush=True)
+    executor.submit(abs, -1).result()
+    print("1", flush=True)
+    AT_WORK
     list(executor.map(time.sleep, [0.05] * 100_000))
 """
 pytestmark = pytest.mark.timeout(1800 if TIMES > 5 else 300)
@@ -40,23 +42,27 @@ def remains(space: str) -> list[str]:
 
 def test_nothing_is_left_of_a_driver_outside_the_cluster(outside: Outside, own_space: str, rng: random.Random) -> None:
     for _ in range(0, TIMES, AT_ONCE):
-        drivers = [outside(WORK) for _ in range(AT_ONCE)]
         began = time.monotonic()
-        deaths = sorted((rng.uniform(1.0, LONGEST), number) for number in range(AT_ONCE))
-        for due, number in deaths:
-            time.sleep(max(0.0, began + due - time.monotonic()))  # the random moment
-            drivers[number].process.send_signal(signal.SIGKILL)
-        found = remains(own_space)
+        drivers = [outside(WORK.replace("AT_WORK", "pass")) for _ in range(AT_ONCE)]
+        for number, one in enumerate(drivers):
+            due = began + rng.uniform(1.0, LONGEST)  # the first two die while they start, the others at work
+            if number >= 2:
+                one.says(0)
+                due = time.monotonic() + rng.uniform(0.0, 1.0)
+                assert remains(own_space)
+            time.sleep(max(0.0, due - time.monotonic()))  # the random moment
+            one.process.send_signal(signal.SIGKILL)
         eventually(lambda: left(own_space) == [] and remains(own_space) == [], TIMEOUT + COLLECTED)
-        print(f"{AT_ONCE} killed after {[round(due, 1) for due, _ in deaths]} s; there were {len(found)} objects")
 
 
 def test_nothing_is_left_of_a_driver_inside_the_cluster(driver: Inside, rng: random.Random) -> None:
     for turn in range(0, TIMES, AT_ONCE):
-        deaths = [rng.uniform(1.0, LONGEST) for _ in range(AT_ONCE)]
         names = [f"driver-{turn + number}" for number in range(AT_ONCE)]
-        for name, due in zip(names, deaths, strict=True):
-            driver(f"threading.Timer({due}, os.kill, (os.getpid(), signal.SIGKILL)).start()\n{WORK}", after=600, name=name)
+        for number, name in enumerate(names):
+            at_work = number >= 2
+            seconds = rng.uniform(0.0, 1.0) if at_work else rng.uniform(1.0, LONGEST)
+            dies = f"threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGKILL)).start()"
+            code = WORK.replace("AT_WORK", dies if at_work else "pass")
+            driver(code if at_work else f"{dies}\n{code}", after=600, name=name)
         eventually(lambda names=names: all("Killed" in driver.said(name) for name in names), 120)  # type: ignore[misc]
         eventually(lambda: remains(driver.space) == [], TIMEOUT + COLLECTED)
-        print(f"{AT_ONCE} killed after {[round(due, 1) for due in deaths]} s")
