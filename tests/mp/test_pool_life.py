@@ -272,6 +272,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+@pytest.mark.one_host("its backend is one that only this program has")
 def test_meta_of_the_first_function_sizes_the_jobs_of_a_pool(elsewhere: list[Any]) -> None:
     @fiberexec.meta(cpu=1, memory=1024)
     def sized(x: int) -> int:
