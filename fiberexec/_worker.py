@@ -226,10 +226,10 @@ class Worker:
     def _claim(self, number: int, size: int, rest: int = 0) -> bool:
         """Claim items; False, and a record that says so, when they (and the rest of their unit) were recalled before."""
         cell = self._cell
-        cell[CLAIMED] = number + size - 1
+        before, cell[CLAIMED] = cell[CLAIMED], number + size - 1
         if cell[RECALLED] < number:
             return True
-        cell[CLAIMED] = number - 1
+        cell[CLAIMED] = before
         self._outbox.reply(number, rest or size, messages.RECALLED, b"", (), 0.0)
         return False
 

@@ -269,7 +269,7 @@ class Scheduler:
         if worker is None or not worker.recalling:
             return
         worker.recalling = False
-        if worker.inflight and event.claimed < worker.inflight[0].number:
+        if event.claimed < worker.recalled_from:
             # Not the work is slow but the way to it: what is sent again as late as this would never be begun.
             worker.patience = 2 * worker.patience + self.limits.stall
         before = worker.items

@@ -153,6 +153,7 @@ class WorkerRecord:
         "patience",
         "pool",
         "quota",
+        "recalled_from",
         "recalling",
         "since",
         "solo",
@@ -178,6 +179,7 @@ class WorkerRecord:
         self.idle_since = now
         self.since = now  # when it became ready; until then: when it was launched
         self.recalling = False  # a recall is under way
+        self.recalled_from = 0  # the first number that was in its hands then
         self.patience = 0.0  # seconds beyond limits.stall that what is sent to it may be on its way
         self.look_at = inf  # when its time limits are looked at next
 

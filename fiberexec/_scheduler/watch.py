@@ -44,6 +44,7 @@ class Watch:
         """Take back what a worker has not claimed; RecallDone says what that is."""
         if not worker.recalling:
             worker.recalling = True
+            worker.recalled_from = worker.inflight[0].number
             self._hungry.pop(worker.id, None)
             self._agenda.actions.append(ev.Recall(worker.id, worker.next_number - 1))
 

@@ -54,6 +54,21 @@ def test_tasks_arrive_however_long_their_way_is(simulate: Make, workers: int, se
     assert len(sent) <= 3 * 60, "most of what travels is taken back before it is there"
 
 
+def test_tasks_get_through_a_host_that_looks_at_its_messages_rarely(simulate: Make) -> None:
+    """What it is sent and the recall of that come in together, and the worker says so before the recall is answered."""
+    sim = simulate(2, work=lambda item, attempt: Attempt(0.00001))
+    receive, recall = sim._receive, sim._recall
+
+    def next_look() -> float:
+        return (int(sim.now / 0.05) + 1) * 0.05
+
+    sim._receive = lambda worker, send: sim.at(next_look(), lambda: receive(worker, send))  # type: ignore[method-assign]
+    sim._recall = lambda worker, number: sim.at(next_look(), lambda: recall(worker, number))  # type: ignore[method-assign]
+    sim.submit(sim.profile(), tasks=500)
+    sim.run(events=20_000)
+    assert Counter(sim.outcomes.values()) == {"value": 500}
+
+
 def test_when_the_way_is_short_again_nobody_waits_behind_a_slow_task(simulate: Make) -> None:
     way = 0.1
     sim = simulate(2, work=lambda item, attempt: Attempt(0.5 if item == slow else 0.00001))
