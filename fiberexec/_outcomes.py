@@ -89,7 +89,7 @@ def broken(reason: BaseException) -> BrokenExecutor:
     if isinstance(reason, BrokenExecutor):
         error = BrokenExecutor(*reason.args)
     else:
-        error = BrokenExecutor(f"the executor cannot go on: {reason!r}")
+        error = BrokenExecutor(f"the executor cannot go on: {type(reason).__name__}: {reason}")
     error.__cause__ = reason
     return error
 

@@ -45,6 +45,12 @@ def test_output_stays_on_its_streams_and_the_exit_code_is_passed_on(fx: Runner) 
     assert done.stderr.endswith("err\n")
 
 
+def test_what_is_for_programs_in_containers_is_said_to_be_left_out(fx: Runner) -> None:
+    done = fx(*run("--cpu", "2", "--namespace", "x"), PYTHON, "-c", "print(1)", code=0)
+    assert done.stdout == "1\n"
+    assert "--cpu, --namespace: not for a program on this host" in done.stderr
+
+
 def test_all_that_a_program_writes_comes_whole(fx: Runner) -> None:
     fx.program("much.py", "import sys\nfor n in range(200000): print(n, file=sys.stderr if n % 2 else sys.stdout)")
     done = fx(*run(), PYTHON, "much.py", code=0)

@@ -24,6 +24,8 @@ def commands(group: click.Group) -> None:
         group.add_command(command)
 
 
+# Options of programs in containers.
+_ELSEWHERE = ("image", "dockerfile", "registry", "cpu", "memory", "gpu", "namespace", "service_account")
 _where = click.option(
     "--backend",
     type=click.Choice(_BACKENDS),
@@ -70,6 +72,9 @@ def run(
     from fiberexec._cli.show import note
 
     wanted = _wanted(backend, command, name, options)
+    unused = [f"--{key.replace('_', '-')}" for key in _ELSEWHERE if options[key] is not None]
+    if unused and wanted.backend == "local":
+        note(f"fiberexec: {', '.join(unused)}: not for a program on this host, left out")
     place = _place(wanted.backend, wanted.namespace)
     try:
         place.start(wanted, lambda text: note(f"fiberexec: {text}"))

@@ -57,7 +57,7 @@ class DockerPlace:
     # -- starting
 
     def start(self, wanted: Wanted, said: Callable[[str], None]) -> None:
-        ready = image_of(self._engine, wanted, "docker>=7.1", said)
+        ready = image_of(self._engine, wanted, "docker", said)
         checked = options.check(wanted.size._replace(image=ready))
         try:
             client = self._engine.client()
@@ -153,7 +153,7 @@ class DockerPlace:
         log = b"".join(self._last.values()).decode("utf-8", "replace")
         if code == 1 and "No module named" in log and ("fiberexec" in log or "pynng" in log):
             image = str(self._engine.client().api.inspect_container(name)["Config"]["Image"])
-            return Fate(code, verdict(image, log, self._python))
+            return Fate(code, verdict(image, log, self._python, "docker"))
         return Fate(code)
 
     def lines(self, name: str, follow: bool) -> Iterator[str]:
@@ -255,14 +255,14 @@ class DockerPlace:
         self._engine.drop()
 
 
-def image_of(engine: Engine, wanted: Wanted, needs: str, said: Callable[[str], None]) -> str:
-    """The name of the program's image, built if none is given. ``needs``: a requirement of the program's own."""
+def image_of(engine: Engine, wanted: Wanted, extra: str, said: Callable[[str], None]) -> str:
+    """The name of the program's image, built if none is given. ``extra``: of fiberexec, which starting workers needs."""
     if wanted.settings.image is not None:
         return wanted.settings.image
     told = options.check(_config.Settings(backend_options=_build_options(wanted)))
-    recipe = _images.find(os.getcwd(), wanted.dockerfile or told.dockerfile, told.base_image, told.build_args)
+    recipe = _images.find(os.getcwd(), wanted.dockerfile or told.dockerfile, told.base_image, told.build_args, extra)
     if recipe.files is not None:
-        requirements = recipe.files["requirements.txt"] + f"{needs}\n".encode()
+        requirements = recipe.files["requirements.txt"] + f"{_images.EXTRAS[extra]}\n".encode()
         recipe = recipe._replace(files={**recipe.files, "requirements.txt": requirements})
     said(f"the image is that of {recipe.source}")
     try:

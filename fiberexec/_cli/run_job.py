@@ -46,7 +46,7 @@ def pushed(wanted: Wanted, said: Callable[[str], None]) -> str:
         raise ConfigError(f'building an image needs Docker\'s SDK: pip install "fiberexec[docker]" ({error})') from None
     engine = Engine(4)
     try:
-        tag = image_of(engine, wanted, "kubernetes>=31", said)
+        tag = image_of(engine, wanted, "kubernetes", said)
         return _push(engine, tag, wanted.registry, said)
     finally:
         engine.drop()

@@ -102,7 +102,7 @@ class KubernetesPlace:
                 if pods.has_ended(pod):
                     exit = pods.exit_of(pod)
                     log = self._reader.tail(pods.name(pod))
-                    reason = errors.ended_early(exit._replace(log=log + exit.log), pods.name(pod), image)
+                    reason = errors.ended_early(exit._replace(log=log + exit.log), pods.name(pod), image, "kubernetes")
                     raise FiberError(
                         f"Kubernetes: {reason or f'pod {pods.name(pod)} ended at once'}\n{log}{exit.log}".rstrip()
                     )

@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 
 import fiberexec
 from fiberexec._errors import ConfigError, LaunchError
+from fiberexec.backends._image_errors import dockerfile_line
 
 NEEDS = (
     "click>=8.1",
@@ -35,6 +36,8 @@ NEEDS = (
     'tomli>=2.0; python_version < "3.11"',
 )
 """What fiberexec requires."""
+EXTRAS = {"docker": "docker>=7.1", "kubernetes": "kubernetes>=31"}
+"""What it requires to start jobs there."""
 LABEL = "fiberexec.image"  # of images that were made here; its value is the project's folder
 _LARGE = 1 << 30  # bytes of a build's context
 _LAST = 30  # lines of a failed build that are shown
@@ -61,16 +64,18 @@ def python() -> str:
     return f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def suggestion() -> str:
-    """A Dockerfile to paste."""
-    return f"    FROM python:{python()}-slim\n    RUN pip install fiberexec=={fiberexec.__version__}\n"
+def suggestion(extra: str = "") -> str:
+    """A Dockerfile to paste. ``extra``: see dockerfile_line()."""
+    return f"    FROM python:{python()}-slim\n    {dockerfile_line(extra)}\n"
 
 
-def find(folder: str, dockerfile: str | None = None, base: str | None = None, arguments: Iterable[str] = ()) -> Recipe:
+def find(
+    folder: str, dockerfile: str | None = None, base: str | None = None, arguments: Iterable[str] = (), extra: str = ""
+) -> Recipe:
     """The recipe that holds in a folder. Raises ConfigError if there is none.
 
     ``dockerfile`` is a path, ``base`` the image that a generated one starts from (default: python:X.Y-slim), ``arguments``
-    are the names of the build's arguments.
+    are the names of the build's arguments, ``extra`` is for the Dockerfile that an error suggests.
     """
     if dockerfile is not None:
         path = Path(folder, dockerfile).absolute()
@@ -86,7 +91,7 @@ def find(folder: str, dockerfile: str | None = None, base: str | None = None, ar
             break  # what is above belongs to another project
     raise ConfigError(
         f"there is no image to run: none is given (image=...), and neither {here} nor a folder above it has a Dockerfile, a "
-        f"requirements.txt or a pyproject.toml with [project]. A Dockerfile that will do:\n\n{suggestion()}"
+        f"requirements.txt or a pyproject.toml with [project]. A Dockerfile that will do:\n\n{suggestion(extra)}"
     )
 
 

@@ -155,11 +155,14 @@ def stuck(trouble: Trouble, job: str, image: str, namespace: str) -> str:
     return f"pod {job} does not start: {reason}: {said}. What to do: {what}"
 
 
-def ended_early(exit: Exit, job: str, image: str) -> str:
-    """Why no other pod of this image can do better, as far as this one's last lines say; "" if they do not."""
+def ended_early(exit: Exit, job: str, image: str, extra: str = "") -> str:
+    """Why no other pod of this image can do better, as far as this one's last lines say; "" if they do not.
+
+    ``extra``: see dockerfile_line().
+    """
     if exit.reason in ("StartError", "ContainerCannotRun"):
         return stuck(Trouble("StartError", exit.log, True), job, image, "")
-    reason = verdict(image, exit.log, "")
+    reason = verdict(image, exit.log, "", extra)
     if reason:
         return f"{reason}. Pod {job} ended with exit code {exit.code}{quoted(exit.log)}"
     if exit.code == 3 and "cannot be reached" in exit.log:

@@ -63,6 +63,8 @@ def test_without_any_there_is_a_dockerfile_to_paste(project: Path) -> None:
         find(str(project))
     assert f"    FROM python:{PYTHON}-slim\n    RUN pip install fiberexec=={__version__}\n" in str(caught.value)
     assert str(project) in str(caught.value) and "image=" in str(caught.value)
+    with pytest.raises(ConfigError, match=r'RUN pip install "fiberexec\[docker\]=='):
+        find(str(project), extra="docker")  # as a program needs it that starts workers of its own
 
 
 def test_a_dockerfile_can_be_named(project: Path) -> None:
@@ -116,6 +118,8 @@ def test_what_fiberexec_requires_is_what_its_metadata_says() -> None:
     parser.read(ROOT / "setup.cfg")
     wanted = parser["options"]["install_requires"].split("\n")
     assert sorted(_images.NEEDS) == sorted(line for line in wanted if line)
+    for extra, requirement in _images.EXTRAS.items():
+        assert requirement in parser["options.extras_require"][extra]
 
 
 # -- tags
