@@ -262,9 +262,10 @@ class Dialer(_End):
     def close(self) -> None:
         """Close the connection; what is under way is lost."""
         self._socket.close()
+        for exchange in self._exchanges:
+            exchange.close()  # when nng's threads are done with it: none wakes a descriptor that is somebody else's by now
         os.close(self._wake)
-        wakeup, self._wakeup = self._wakeup, -1
-        os.close(wakeup)
+        os.close(self._wakeup)
 
 
 def _bracketed(host: str) -> str:

@@ -13,6 +13,7 @@ from fiberexec.backends._kubernetes_pods import WORKER
 
 LABEL = "fiberexec."  # how the labels begin that are ours
 CREDENTIALS = "/var/run/fiberexec/credentials"
+CREDENTIALS_VOLUME = "fiberexec-credentials"
 NOBODY = 65534
 _DNS = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z")
 _NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?\Z")
@@ -107,7 +108,7 @@ def pod(
         "name": WORKER,
         "command": command,
         "args": None,
-        "volumeMounts": [{"name": "fiberexec-credentials", "mountPath": os.path.dirname(CREDENTIALS), "readOnly": True}],
+        "volumeMounts": [{"name": CREDENTIALS_VOLUME, "mountPath": os.path.dirname(CREDENTIALS), "readOnly": True}],
     }
     if image:
         container["image"] = image
@@ -124,7 +125,7 @@ def pod(
                 "restartPolicy": "Never",
                 "containers": [container],
                 # Only this container sees it, and whoever it runs as must be able to read it.
-                "volumes": [{"name": "fiberexec-credentials", "secret": {"secretName": name, "defaultMode": 0o444}}],
+                "volumes": [{"name": CREDENTIALS_VOLUME, "secret": {"secretName": name, "defaultMode": 0o444}}],
             },
         },
     )

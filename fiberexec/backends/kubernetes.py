@@ -279,7 +279,7 @@ class KubernetesBackend:
             job, known = min(mute, key=lambda each: each[1].since)
             for reason, message in self._reader.events(job):
                 # The Secret with the credentials is ours, and on its way.
-                if reason in _SETUP and f'secret "{job}"' not in message:
+                if reason in _SETUP and options.CREDENTIALS_VOLUME not in message:
                     missing = "not found" in message and now > known.since + _MISSING
                     known.heard = pods.Trouble(reason, message, missing)
         return ended
