@@ -32,7 +32,7 @@ from fiberexec._hub.folder import place
 from fiberexec._hub.launch import ADDRESS, DOOR
 from fiberexec._inherited import JOB
 from fiberexec._relay import IN, Relays
-from fiberexec._session import ABANDONED, CONTROL, EXCHANGES, KEY_SIZE, PARKED, Session
+from fiberexec._session import ABANDONED, CONTROL, EXCHANGES, KEY_SIZE, PARKED, UNREACHABLE, Session
 from fiberexec._stream import ProtocolError
 from fiberexec.backends.base import Ended, JobEvent, Probed, Recalled, Refused, Started
 from fiberexec.backends.local import LocalBackend
@@ -47,7 +47,6 @@ _BULK = 1 << 15  # bytes of an answer, beyond which more are likely to follow
 _SHUT = 0.5  # seconds that the door is shut when there is no descriptor for who comes in
 _BACKLOG = 4 << 20  # bytes on the way to the hub, beyond which workers' output waits
 # Exit codes.
-UNREACHABLE = 3
 LEFT = 0  # after SIGTERM
 
 

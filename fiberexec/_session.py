@@ -16,6 +16,7 @@ MESSAGE_BYTES = 1 << 18  # a message takes packets up to about this size
 EXCHANGES = 8  # requests of an agent at once
 PARKED = 4  # of them, that wait for the hub to have something to say
 ABANDONED = 75  # exit code of an agent that has met the hub, and not heard of it for driver_timeout
+UNREACHABLE = 3  # ... of one that never found its hub
 _MAGIC = b"FXL\x01"
 _HEADER = struct.Struct("<4s16sQQQI")  # magic | session | stamp | acknowledged | number of the first packet | packets
 _PACKET = struct.Struct("<IBQ")  # bytes of data | kind | channel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from fiberexec._errors import LaunchError
+from fiberexec._session import UNREACHABLE
 from fiberexec.backends._image_errors import DOCKERFILE_LINE, quoted, verdict
 from fiberexec.backends._kubernetes_api import ApiError, Setup, in_cluster
 from fiberexec.backends._kubernetes_pods import Trouble
@@ -165,7 +166,7 @@ def ended_early(exit: Exit, job: str, image: str, extra: str = "") -> str:
     reason = verdict(image, exit.log, "", extra)
     if reason:
         return f"{reason}. Pod {job} ended with exit code {exit.code}{quoted(exit.log)}"
-    if exit.code == 3 and "cannot be reached" in exit.log:
+    if exit.code == UNREACHABLE and "cannot be reached" in exit.log:
         return (
             f"pod {job} could not reach this program{quoted(exit.log)}\nWhat to do: run the program in the cluster, or say "
             'under which address pods reach this host: backend_options={"advertise_address": ...}; see that no firewall '

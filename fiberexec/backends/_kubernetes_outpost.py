@@ -52,6 +52,7 @@ class Way:
         self._lock = threading.Lock()  # guards _outpost: one is made, and the others wait for it
         self._outpost: Outpost | None = None
         self._failed: tuple[float, LaunchError] | None = None  # the last attempt, and when it ended
+        self._made = 0.0  # when the last one was
         self._closed = False
 
     def reach(self, port: int, program: str) -> str:
@@ -78,7 +79,13 @@ class Way:
                         self._verdicts.settle(str(error))
                     raise
                 self._maker.owner = self._outpost.owner
+                self._made = time.monotonic()
             return self._outpost.address
+
+    def serves(self, since: float) -> bool:
+        """Whether agents that were started then can still come by it, or never needed it."""
+        outpost = self._outpost
+        return not self._made or (outpost is not None and outpost.alive and self._made <= since)
 
     def close(self) -> None:
         """Remove the outpost, and with it everything that it owns. One that is being made goes with this process."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fiberexec._errors import ConfigError, FiberError, LaunchError
+from fiberexec._session import UNREACHABLE
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
@@ -314,6 +315,8 @@ class KubernetesBackend:
         if exit.infrastructure or exit.code == 0:
             return JobEnded(job, exit)
         exit = exit._replace(log=self._reader.tail(job) + exit.log)
+        if exit.code == UNREACHABLE and not self._way.serves(known.since):
+            return JobEnded(job, exit._replace(infrastructure=True))  # no fault of its own: the outpost has gone
         with self._lock:
             others = any(other.ran for other in self._jobs.values())
         reason, final = errors.ended_early(exit, job, known.image), ""

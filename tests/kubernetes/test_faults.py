@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from fiberexec import LaunchError
+from fiberexec._session import UNREACHABLE
 from fiberexec.backends import _kubernetes_api as api
 from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends import kubernetes as backend
+from fiberexec.backends._kubernetes_outpost import Way
 
 from .conftest import Place, eventually
 from .fake import DROP, NAMESPACE, Answer, Fake, failure
@@ -310,6 +312,17 @@ def test_a_pod_that_ended_by_itself_before_it_was_deleted_is_to_blame(fake: Fake
         fake.say(job, phase="Failed", containerStatuses=[{"name": "worker", "state": state}])
     exit = one.end(job, SOON)
     assert (exit.code, exit.infrastructure) == (9, False)
+
+
+def test_agents_that_do_not_find_an_outpost_that_has_gone_prove_nothing(
+    fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Way, "serves", lambda way, since: False)
+    for number in range(4):  # as many as would prove that the image is no good
+        job = one.start(number, "")
+        fake.end(job, UNREACHABLE)
+        assert one.end(job, SOON).infrastructure
+    assert [end.final for end in one.ended] == [""] * 4
 
 
 def test_a_container_beside_the_worker_does_not_keep_a_job_alive(fake: Fake, one: Place) -> None:
