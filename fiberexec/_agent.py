@@ -46,8 +46,7 @@ _GRACE = 25.0  # seconds; who sends SIGTERM sends SIGKILL a little later
 _BULK = 1 << 15  # bytes of an answer, beyond which more are likely to follow
 _SHUT = 0.5  # seconds that the door is shut when there is no descriptor for who comes in
 _BACKLOG = 4 << 20  # bytes on the way to the hub, beyond which workers' output waits
-# Exit codes.
-LEFT = 0  # after SIGTERM
+LEFT = 0  # the exit code after SIGTERM
 
 
 class Agent:

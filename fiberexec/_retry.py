@@ -13,6 +13,8 @@ from typing import Any
 
 from fiberexec._errors import ConfigError
 
+_FIRST_DELAY, _LAST_DELAY = 0.1, 10.0  # seconds between launches that fail, doubled each time
+
 
 def check(name: str, policy: Any) -> None:
     """Raise ConfigError, naming the argument, for what is neither a policy nor None."""
@@ -83,3 +85,29 @@ def _judge(state: Any, value: Any, error: BaseException | None) -> tuple[float |
     if policy.before is not None:
         policy.before(state)
     return delay, None, None
+
+
+class LaunchDelay:
+    """Seconds until a launch that failed is tried again, None: never.
+
+    ``policy`` is a ``tenacity.Retrying``; without one launches are tried for ``patience`` seconds after the first failure.
+    """
+
+    def __init__(self, policy: Any, patience: float) -> None:
+        self._policy = policy
+        self._patience = patience
+        self._since = 0.0
+        self._state: Any = None
+
+    def __call__(self, failures: int, error: BaseException) -> float | None:
+        """``failures``: in a row, this one included."""
+        now = time.monotonic()
+        if failures == 1:
+            self._since = now
+            self._state = None if self._policy is None else begin(self._policy, LaunchDelay.__call__, (), {})
+        if self._state is not None:
+            return judge(self._state, None, error)[0]
+        if now - self._since > self._patience:
+            return None
+        rest = self._patience - (now - self._since)
+        return float(min(_LAST_DELAY, _FIRST_DELAY * 2 ** (failures - 1), max(rest, 0.01)))

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from fiberexec._stats import Stats, WorkerInfo
 
 T = TypeVar("T")
-_FIRST_DELAY, _LAST_DELAY = 0.1, 10.0  # seconds between launches that fail, doubled each time
 _unset: Any = object()
 
 
@@ -224,7 +223,7 @@ class FiberExecutor(_Submitter):
             startup_timeout=settings.startup_timeout,
         )
         setup = _Setup(settings, initializer, initargs, backend.same_host)
-        delay = _LaunchDelay(launch_retry, settings.startup_timeout)
+        delay = _retry.LaunchDelay(launch_retry, settings.startup_timeout)
         self._functions = FunctionTable()
         self._profiles = Profiles(options, backend.largest)
         self._manager = manager = Manager(backend, limits, setup, delay)
@@ -324,28 +323,6 @@ class _Setup:
             "initializer": data if self._has_initializer else None,
         }
         return messages.encode(message), buffers
-
-
-class _LaunchDelay:
-    """Seconds until a failed launch is tried again, None: never."""
-
-    def __init__(self, policy: Any, patience: float) -> None:
-        self._policy = policy
-        self._patience = patience
-        self._since = 0.0
-        self._state: Any = None
-
-    def __call__(self, failures: int, error: BaseException) -> float | None:
-        now = time.monotonic()
-        if failures == 1:
-            self._since = now
-            self._state = None if self._policy is None else _retry.begin(self._policy, _Setup.__call__, (), {})
-        if self._state is not None:
-            return _retry.judge(self._state, None, error)[0]
-        if now - self._since > self._patience:
-            return None
-        rest = self._patience - (now - self._since)
-        return float(min(_LAST_DELAY, _FIRST_DELAY * 2 ** (failures - 1), max(rest, 0.01)))
 
 
 def _check_backend(backend: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fiberexec._connection import Connection
+from fiberexec._retry import LaunchDelay
 from fiberexec._stream import Buffer
 from fiberexec.backends.base import Backend, Exit
 
@@ -38,6 +39,8 @@ class Job:
         self.ready = False
         self.waiting: list[int] = []  # signals, until it is ready
         self.interrupted = False
+        self.delay: LaunchDelay | None = None  # once a launch has failed
+        self.failures = 0
         self.given_up = 0  # the signal that ended it before it had started
         self.pid: int | None = None
         self.host = ""

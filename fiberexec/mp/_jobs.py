@@ -5,7 +5,7 @@
                                    └──► Job: pid, host, exit, and a byte in the sentinel
 
 Rules:
-- A job is launched once, and its one task sent once: nothing that has started ever runs again.
+- A job is launched until it has started, and its one task sent once: nothing that has started ever runs again.
 - Signals other than SIGKILL wait until the child is ready: then it dies of them as a program of its own would. SIGTERM
   and SIGKILL give a launch up that has not come to anything yet.
 - What a child has sent is read before its end is told.
@@ -32,6 +32,7 @@ from fiberexec import _messages as messages
 from fiberexec._connection import Connection
 from fiberexec._errors import ResourceError
 from fiberexec._hub import launch as _hub
+from fiberexec._retry import LaunchDelay
 from fiberexec._scheduler import events as ev
 from fiberexec._stream import Buffer, Stream
 from fiberexec._waker import Waker
@@ -58,6 +59,7 @@ class Jobs:
         # The rest is the thread's own.
         self._selector: Any = None
         self._jobs: dict[int, Job] = {}  # by the worker's number
+        self._again: dict[Job, float] = {}  # whose launch failed, and when it is tried again
         self._watched: dict[int, str] = {}
         self._devices: Counter[str] = Counter()
         self._last = 0
@@ -170,19 +172,22 @@ class Jobs:
         self._waker.clear()
         while self._inbox:
             self._do(*self._inbox.popleft())
+        for job in [job for job, due in self._again.items() if due <= time.monotonic()]:
+            del self._again[job], self._jobs[job.number]
+            self._do(job, 0)
         for backend in list(self._backends.values()):
             for event in backend.poll():
                 if isinstance(event, Started):
                     self._started(event)
                 elif isinstance(event, Refused):
-                    self._jobs[event.worker].error = event.error
-                    self._end(self._jobs[event.worker], Exit())
+                    self._refused(self._jobs[event.worker], event)
                 elif isinstance(event, Ended):
                     self._end(self._jobs[event.worker], event.exit)
         self._follow()
 
     def _timeout(self) -> float | None:
         due = [when for backend in list(self._backends.values()) if (when := backend.wakeup()) is not None]
+        due += self._again.values()
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _do(self, job: Job, number: int) -> None:
@@ -195,13 +200,28 @@ class Jobs:
             if job.pid is None and number in (signal.SIGTERM, signal.SIGKILL):
                 job.given_up = number
                 number = signal.SIGKILL
-            if job.ready or number == signal.SIGKILL:
+            if job.given_up and job in self._again:
+                self._end(job, Exit())
+            elif job.ready or number == signal.SIGKILL:
                 job.backend.signal(job.number, number, False)
             else:
                 job.waiting.append(number)
 
+    def _refused(self, job: Job, event: Refused) -> None:
+        """A launch has failed: elsewhere it is tried again, as an executor does, where that can help."""
+        job.error, job.failures = event.error, job.failures + 1
+        delay = None
+        if not (event.final or job.given_up or job.backend.same_host):
+            job.delay = job.delay or LaunchDelay(None, _config.load(backend=job.size.backend).startup_timeout)
+            delay = job.delay(job.failures, event.error)
+        if delay is None:
+            self._end(job, Exit())
+        else:
+            self._again[job] = time.monotonic() + delay
+
     def _started(self, event: Started) -> None:
         job = self._jobs[event.worker]
+        job.error = None
         job.pid, job.host, job.id = event.pid, event.host, event.job
         event.connection.setblocking(False)
         stream = Stream(event.connection)
@@ -258,6 +278,7 @@ class Jobs:
             connection.stream.close()
             job.connection = None
         self._jobs.pop(job.number, None)
+        self._again.pop(job, None)
         self._devices.subtract(job.devices)
         if job.given_up:
             exit = Exit(-job.given_up)

@@ -14,10 +14,12 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from fiberexec import FiberExecutor, _config, mp
+from fiberexec import FiberExecutor, LaunchError, _config, mp
 from fiberexec._hub import launch
+from fiberexec.backends.base import Job
 from fiberexec.mp import connection
 from fiberexec.mp._hubconnection import HubConnection
+from fiberexec.testing._agents import AgentBackend
 
 from .helpers import LIMIT, LONG, ended, eventually, process
 
@@ -43,6 +45,42 @@ def test_a_process_knows_that_it_is_in_a_job() -> None:
     in_job, _, parent = answer.get(timeout=LIMIT)
     assert in_job and parent != os.getpid() and not launch.in_job()
     assert ended(helper) == [0]
+
+
+@pytest.mark.one_host("it counts the launches of agents")
+@pytest.mark.parametrize("final", [False, True])
+def test_a_launch_that_fails_for_a_while_is_tried_again(final: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def start(backend: AgentBackend, job: Job, real: Any = AgentBackend.start) -> None:
+        starts.append(job.id)
+        if len(starts) < 3:
+            raise LaunchError("the engine is away", final=final)
+        real(backend, job)
+
+    monkeypatch.setattr(AgentBackend, "start", start)
+    if final:
+        with pytest.raises(LaunchError, match="the engine is away"):
+            process(print)
+        assert len(starts) == 1
+    else:
+        assert ended(process(print)) == [0]
+        assert len(starts) == 3
+
+
+@pytest.mark.one_host("no agent is ever launched")
+def test_a_launch_that_waits_for_its_next_try_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+
+    def start(backend: AgentBackend, job: Job) -> None:
+        failed.set()
+        raise LaunchError("the engine is away")
+
+    monkeypatch.setattr(AgentBackend, "start", start)
+    helper = process(print)
+    assert failed.wait(LIMIT)
+    helper.terminate()
+    assert ended(helper) == [-signal.SIGTERM]
 
 
 def test_a_process_has_its_parents_environment_and_arguments_of_this_moment(monkeypatch: pytest.MonkeyPatch) -> None:
