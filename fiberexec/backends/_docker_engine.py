@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from fiberexec._errors import LaunchError
 from fiberexec.backends import _docker_errors as errors
+from fiberexec.backends._containers import address_towards
 
 _TIMEOUT = 60.0  # seconds that the engine may take for an answer
 _logger = logging.getLogger("fiberexec")
@@ -83,7 +84,7 @@ class Engine:
             subnet = ipaddress.ip_network(config.get("Subnet") or "::1", strict=False)
             # Not every engine names the gateway; this host's own address in the network is what counts.
             towards = str(config.get("Gateway") or subnet[1 % subnet.num_addresses])
-            if subnet.version == 4 and (address := _address_towards(towards)):
+            if subnet.version == 4 and (address := address_towards(towards)):
                 return (address,)
         raise LaunchError(
             f"network {network!r} has no gateway that this host knows: say under which address its containers reach this "
@@ -131,13 +132,3 @@ def write(stdin: Any, data: bytes) -> None:
         pass  # the container has ended already, and will be reported
     finally:
         channel.close()
-
-
-def _address_towards(target: str) -> str:
-    """The address that this host has where it would send to another; its own, if the other is this host. "" for none."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))  # sends nothing
-            return str(probe.getsockname()[0])
-    except OSError:
-        return ""

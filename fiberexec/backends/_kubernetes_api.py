@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from fiberexec.backends._containers import address_towards
+
 _ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _CONNECT = 5.0  # seconds that a connection may take
 _READ = 30.0  # and an answer
@@ -240,7 +242,7 @@ class Api:
 
     def own_address(self) -> str:
         """The address that this pod has towards the server, and so towards others; "" for none."""
-        return _address_towards(urlsplit(self.server().url).hostname or "")
+        return address_towards(urlsplit(self.server().url).hostname or "")
 
 
 def in_cluster() -> bool:
@@ -294,13 +296,3 @@ def _refusal(response: Any, url: str) -> ApiError:
     after = response.headers.get("Retry-After", "") or str(seconds or "")
     wait = float(after) if after.isdecimal() else 0.0
     return ApiError(response.status, reason, message or f"HTTP {response.status} {response.reason or ''}".strip(), url, wait)
-
-
-def _address_towards(target: str) -> str:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing
-            return str(probe.getsockname()[0])
-    except OSError:
-        return ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from fiberexec.backends._containers import signed
 from fiberexec.backends.base import Exit
 
 WORKER = "worker"  # the name of the container with the agent
@@ -136,11 +137,6 @@ def _limit(pod: Mapping[str, Any]) -> str:
 
 def _readable(quantity: str) -> str:
     return f"{int(quantity) / 2**20:g} MiB" if quantity.isdecimal() else quantity
-
-
-def signed(code: int | None) -> int | None:
-    """An exit code as Python gives it: negative for a signal."""
-    return 128 - code if code is not None and 128 < code < 160 else code
 
 
 def events(found: list[dict[str, Any]], kinds: tuple[str, ...] = ("Warning",)) -> list[tuple[str, str]]:

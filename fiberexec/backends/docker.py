@@ -24,6 +24,7 @@ from fiberexec import _platform
 from fiberexec._errors import FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
+from fiberexec.backends._containers import signed
 from fiberexec.backends._docker_engine import Engine, remove, sdk, shut, write
 from fiberexec.backends._docker_images import EARLY, Image, Images
 from fiberexec.backends._docker_watch import Connected, Events, Happened
@@ -269,7 +270,7 @@ class DockerBackend:
         except sdk().NotFound:
             text = "" if known.unwanted else "its container was removed by somebody"
             self._remember(job, text)
-            return JobEnded(job, Exit(_signed(known.code), "" if known.unwanted else "Removed", text))
+            return JobEnded(job, Exit(signed(known.code), "" if known.unwanted else "Removed", text))
         if state.get("Running") or state.get("Paused") or state.get("Restarting") or state.get("Status") == "created":
             return None
         code = int(state.get("ExitCode", 0))
@@ -287,11 +288,11 @@ class DockerBackend:
             return JobEnded(job, Exit(-9, "OOMKilled", f"{log}{text}\n"))
         if outage and code in _STOPPED and not known.unwanted:
             self._remember(job, "the Docker engine was stopped")
-            return JobEnded(job, Exit(_signed(code), "EngineStopped", log, infrastructure=True))
+            return JobEnded(job, Exit(signed(code), "EngineStopped", log, infrastructure=True))
         reason = self._judge(job, known, code, log, bool(state.get("OOMKilled")))
         if not reason:
-            return JobEnded(job, Exit(_signed(code), "", log))
-        return JobEnded(job, Exit(_signed(code), "", f"{log}{reason}\n"), f"Docker: {self._explained[job]}")
+            return JobEnded(job, Exit(signed(code), "", log))
+        return JobEnded(job, Exit(signed(code), "", f"{log}{reason}\n"), f"Docker: {self._explained[job]}")
 
     def _see_off(self, now: float) -> None:
         """Remove the containers that have been there for long enough since they ended."""
@@ -404,8 +405,3 @@ class DockerBackend:
         self._see_off(math.inf)
         if not self._watching:
             self._engine.drop()
-
-
-def _signed(code: int | None) -> int | None:
-    """An exit code as Python gives it: negative for a signal."""
-    return 128 - code if code is not None and 128 < code < 160 else code
