@@ -188,10 +188,15 @@ class Listener(_End):
 
     def refuse(self, exchange: Exchange) -> None:
         """Close the connection by which a request came."""
-        pipe = ffi.new("nng_pipe *")
-        pipe[0].id = exchange.pipe
-        lib.nng_pipe_close(pipe[0])
+        self.drop(exchange.pipe)
         self.answer(exchange, ())
+
+    def drop(self, pipe: int) -> None:
+        """Close a connection, if it is open. nng does not notice that the peer has reset one, and keeps its descriptor."""
+        which = ffi.new("nng_pipe *")
+        which[0].id = pipe
+        lib.nng_pipe_close(which[0])
+        self._names.pop(pipe, None)
 
     def _listen(self) -> None:
         while self._receiving < _RECEIVING:

@@ -44,6 +44,7 @@ class AgentLink:
         self._session: Session | None = None  # from its first message on
         self._parked: deque[tuple[Listener, Exchange]] = deque()  # requests that wait for an answer
         self._pipe = 0  # the connection that it uses
+        self._listener: Listener | None = None  # by which that came
         self._old_pipes: set[int] = set()
         self._heard = 0.0
         self._beaten = 0.0
@@ -61,8 +62,9 @@ class AgentLink:
         self._heard = monotonic()
         self._session.stamp = self._session.heard  # that is what the agent's life depends on
         if exchange.pipe != self._pipe and exchange.pipe not in self._old_pipes:
+            self._drop()
             self._old_pipes.add(self._pipe)
-            self._pipe = exchange.pipe
+            self._pipe, self._listener = exchange.pipe, listener
             while self._parked:
                 old, waiting = self._parked.popleft()
                 old.answer(waiting, ())
@@ -103,6 +105,12 @@ class AgentLink:
         while self._parked:
             listener, exchange = self._parked.popleft()
             listener.answer(exchange, ())
+        self._switch.hub.at(monotonic() + MARGIN, Timer(self._drop))  # when it has heard that
+
+    def _drop(self) -> None:
+        """Close the connection that is in use no more."""
+        if self._listener is not None:
+            self._listener.drop(self._pipe)
 
     def _push(self, kind: int, channel: int, data: Buffer = b"") -> None:
         if self._session is not None:

@@ -65,7 +65,7 @@ class KubernetesBackend:
             Resources(settings.cpu or count, settings.memory or 0, settings.gpu or 0),
             tuple(map(str, range(settings.gpu or 0))),
         )
-        self._patience = 0.9 * settings.startup_timeout  # before nobody waits any more
+        self._patience = 0.8 * settings.startup_timeout  # before nobody waits any more, and a generic reason is told
         self._lock = threading.Lock()
         self._jobs: dict[str, Known] = {}
         self._verdicts = Verdicts()
