@@ -99,11 +99,12 @@ class AgentBackend:
 
     def terminate(self, jobs: Sequence[str]) -> None:
         for job in jobs:
-            process = self._processes.pop(job, None)
+            process = self._processes.get(job)
             if process is not None:
                 _kill(process.pid)
                 process.wait()
                 shutil.rmtree(_folder(job), ignore_errors=True)
+                self._processes.pop(job, None)  # not before: close() must find what another thread is busy with
 
     def explain(self, job: str) -> str:
         return "".join(self.logs(job))[-_TAIL:]
