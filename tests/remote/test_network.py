@@ -91,17 +91,6 @@ def test_connections_that_are_reset_all_the_time_cost_no_task_anything(proxy: An
     assert executions(tmp_path) == dict.fromkeys(range(len(futures)), 1)
 
 
-def test_connections_that_were_reset_leave_the_hub_no_descriptors(proxy: Any, make: Any, hub: Any, until: Any) -> None:
-    relay = proxy()
-    executor = make(1, driver_timeout=3)
-    assert executor.submit(int).result(LIMIT) == 0
-    before = hub().num_fds()
-    for number in range(5):
-        relay.cut()
-        assert executor.submit(int, number).result(LIMIT) == number
-    until(lambda: hub().num_fds() <= before + 1, LIMIT)
-
-
 # -- hosts of their own
 
 
