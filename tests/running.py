@@ -20,7 +20,16 @@ ROOT = str(Path(fiberexec.__file__).parents[1])
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEADLINE = 180.0  # seconds, for what takes a few where nothing else runs
 
-# A program with two workers that both have something to do, until it is interrupted.
+# A program that waits to be interrupted, and one with two workers that both have something to do, until it is interrupted.
+WAITS = """
+import sys, time
+print("up", flush=True)
+try:
+    time.sleep(1000)
+except KeyboardInterrupt:
+    print("interrupted")
+    sys.exit(9)
+"""
 WORKS = """
 import sys, time
 from fiberexec import FiberExecutor

@@ -10,18 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import DEADLINE, Runner
+from running import DEADLINE, WAITS, Runner
 
 PYTHON = sys.executable
-WAITS = """
-import sys, time
-print("up", flush=True)
-try:
-    time.sleep(1000)
-except KeyboardInterrupt:
-    print("interrupted")
-    sys.exit(9)
-"""
 
 
 @pytest.fixture

@@ -13,20 +13,11 @@ from pathlib import Path
 
 import clusters
 import pytest
-from running import Runner, Running, until
+from running import WAITS, Runner, Running, until
 from services import cluster_image, require_docker, require_kubernetes, worker_image
 
 pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
 _numbers = itertools.count(1)
-WAITS = """
-import sys, time
-print("up", flush=True)
-try:
-    time.sleep(1000)
-except KeyboardInterrupt:
-    print("interrupted")
-    sys.exit(9)
-"""
 
 
 @dataclass
