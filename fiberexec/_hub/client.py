@@ -291,8 +291,10 @@ def _take(hub: Address) -> _Channel:
 
 
 def _give_back(channel: _Channel) -> None:
-    if channel in _channels:  # it may have been closed meanwhile
+    if channel in _channels:
         _idle.setdefault(channel.hub.token, []).append(channel)
+    else:
+        channel.close()  # the hub has been closed meanwhile
 
 
 def _say(channel: _Channel, kind: int, message: tuple[str, int, tuple[Any, ...]], buffers: Buffers) -> None:
@@ -366,8 +368,16 @@ def goodbye() -> None:
 
 
 def _disconnect() -> None:
+    """Let go of all hubs. Who waits for one, or for its events, hears that it has gone, and closes his connection himself."""
     for channel in list(_channels):
+        channel.shutdown()
+    for channel in [*itertools.chain(*_idle.values()), *_interrupted]:
         channel.close()
+    _forget()
+
+
+def _forget() -> None:
+    _channels.clear()
     _idle.clear()
     _interrupted.clear()
     _later.clear()
@@ -376,7 +386,9 @@ def _disconnect() -> None:
 def _in_child() -> None:
     global _key
     _key = os.urandom(KEY_SIZE)
-    _disconnect()
+    for channel in list(_channels):
+        channel.close()  # the parent's stays open
+    _forget()
 
 
 launch.at_close.append(_disconnect)

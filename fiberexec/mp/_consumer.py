@@ -154,7 +154,7 @@ def _listen(hub: Address, channel: Any) -> None:
                 consumer.recall(last, number)
             del consumer
     except (OSError, EOFError):
-        pass  # the hub has gone, as everybody hears
+        channel.close()  # the hub has gone, as everybody hears
 
 
 class _Cells:

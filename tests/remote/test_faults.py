@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from fiberexec import BrokenExecutor, WorkerLost
+from fiberexec._hub import launch
 
 LIMIT = 30.0
 
@@ -203,16 +204,20 @@ def test_an_idle_job_that_is_told_to_end_ends(make: Any, jobs: Any, until: Any) 
 # -- the hub
 
 
+@pytest.mark.parametrize("end", ["killed", "closed"])
 def test_without_the_hub_every_future_ends_and_says_why_and_the_jobs_go(
-    make: Any, jobs: Any, started: Any, hub: Any, until: Any
+    make: Any, jobs: Any, started: Any, hub: Any, until: Any, end: str
 ) -> None:
     executor = make(2, driver_timeout=3)
     futures = [started(executor)[0] for _ in range(2)] + [executor.submit(int) for _ in range(50)]
     processes = jobs.below()
     assert len(processes) >= 6
-    hub().kill()
+    if end == "killed":
+        hub().kill()
+    else:
+        launch.close()
     for future in futures:
-        error = future.exception(LIMIT)
+        error = future.exception(LIMIT / 2)  # before it is asked why a job is not there yet
         assert isinstance(error, BrokenExecutor) and "hub" in str(error), error
     until(lambda: not any(alive(process.pid) for process in processes), 10)
     with pytest.raises(BrokenExecutor, match="hub"):
