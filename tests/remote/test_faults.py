@@ -204,24 +204,30 @@ def test_an_idle_job_that_is_told_to_end_ends(make: Any, jobs: Any, until: Any) 
 # -- the hub
 
 
-@pytest.mark.parametrize("end", ["killed", "closed"])
 def test_without_the_hub_every_future_ends_and_says_why_and_the_jobs_go(
-    make: Any, jobs: Any, started: Any, hub: Any, until: Any, end: str
+    make: Any, jobs: Any, started: Any, hub: Any, until: Any
 ) -> None:
     executor = make(2, driver_timeout=3)
     futures = [started(executor)[0] for _ in range(2)] + [executor.submit(int) for _ in range(50)]
     processes = jobs.below()
     assert len(processes) >= 6
-    if end == "killed":
-        hub().kill()
-    else:
-        launch.close()
+    hub().kill()
     for future in futures:
-        error = future.exception(LIMIT / 2)  # before it is asked why a job is not there yet
+        error = future.exception(LIMIT)
         assert isinstance(error, BrokenExecutor) and "hub" in str(error), error
     until(lambda: not any(alive(process.pid) for process in processes), 10)
     with pytest.raises(BrokenExecutor, match="hub"):
         executor.submit(int)
+
+
+@pytest.mark.parametrize("attempt", range(8))
+def test_who_waits_for_a_worker_when_the_hub_is_closed_hears_so(make: Any, started: Any, attempt: int) -> None:
+    """By whichever of its connections the executor hears of the end first."""
+    executor = make(1, driver_timeout=3)
+    future, _, _ = started(executor)
+    launch.close()
+    error = future.exception(LIMIT)
+    assert isinstance(error, BrokenExecutor) and "hub" in str(error), error
 
 
 # -- the driver
