@@ -295,7 +295,8 @@ class KubernetesBackend:
         """Remove a pod that does not start; its end is reported when it is gone."""
         text = errors.stuck(trouble, job, known.image, self._namespace)
         story = "" if self._verdicts.hold else self._reader.story(job)  # one of many is enough
-        happened = "".join(f"\n    {line}" for line in story.splitlines() if trouble.message not in line)
+        told = trouble.message, options.CREDENTIALS_VOLUME  # what is said already; and that our own Secret came a moment later
+        happened = "".join(f"\n    {line}" for line in story.splitlines() if not any(each in line for each in told))
         text += f". Its events:{happened}" if happened else ""
         self._verdicts.settle(f"Kubernetes: {text}")
         known.exit = Exit(None, trouble.reason, f"{text}\n")
