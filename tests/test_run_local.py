@@ -85,6 +85,12 @@ def test_executors_of_the_program_work(fx: Runner) -> None:
     assert fx(*run(), PYTHON, "pool.py", code=0).stdout == "81\n"
 
 
+def test_options_that_are_meant_for_another_backend_do_not_reach_a_program_on_this_host(fx: Runner) -> None:
+    fx.env |= {"FIBEREXEC_BACKEND": "kubernetes", "FIBEREXEC_BACKEND_OPTIONS": '{"namespace": "there"}'}
+    fx.program("works.py", "from fiberexec import FiberExecutor as E\nwith E(1) as ex: print(ex.submit(abs, -1).result())")
+    assert fx(*run(), PYTHON, "works.py", code=0).stdout == "1\n"
+
+
 def test_without_a_terminal_ctrl_c_stops_the_program(fx: Runner) -> None:
     command = fx.begin(*run(), PYTHON, "waits.py")
     command.expect("up")

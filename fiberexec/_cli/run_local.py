@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from fiberexec import _config
 from fiberexec._cli import run_first
 from fiberexec._cli.run_base import Fate, Put, Wanted, followed, shown, variables
 from fiberexec._errors import ConfigError, FiberError
@@ -47,10 +48,13 @@ class LocalPlace:
         (folder / "command").write_text(shown(wanted.command))
         (folder / run_first.SPEC).touch(mode=0o600)
         (folder / run_first.SPEC).write_text(json.dumps(spec))
+        # Options are those of the backend beside which they were set here; what is meant for this one is in the spec.
+        environ = {name: text for name, text in os.environ.items() if name != f"{_config.PREFIX}BACKEND_OPTIONS"}
         with open(folder / "lock", "w") as lock, open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
             fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(
                 [sys.executable, "-m", run_first.__name__, str(folder)],
+                env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
