@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 from fiberexec import _messages as messages
@@ -31,6 +32,7 @@ from fiberexec.backends.base import Job, JobBackend, JobEnded
 SERVER = "hub"  # the name on the hub's certificate
 ENDED = ("exited", "dead", "succeeded", "failed")  # states of jobs of which nothing runs any more
 _AT_ONCE = 16  # calls of backends
+_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds after which a backend that failed to watch its jobs is asked again
 _logger = logging.getLogger("fiberexec")
 
 
@@ -42,6 +44,7 @@ class _Place:
         self.settings = settings
         self.port = 0  # of the hub's that its jobs come by
         self.lock = threading.Lock()  # guards port: the hub is asked once
+        self.failed = ""  # how its watch ended the last time that it did
 
 
 class Launcher:
@@ -61,6 +64,7 @@ class Launcher:
         self._wanted: set[str] = set()  # jobs that the hub has asked for, and not given up
         self._preparing: set[str] = set()  # jobs for which the way to the hub is being made, which may take its time
         self._closed = False
+        self._ending = threading.Event()  # wakes those that wait before they try again
         self._starts = threading.Semaphore(_AT_ONCE)
         self._others = threading.Semaphore(_AT_ONCE)  # they wait for no start
         self._thread = threading.Thread(target=self._run, name="fiberexec-launcher", daemon=True)
@@ -70,6 +74,7 @@ class Launcher:
         """End, and return when that is done. Jobs that are left are the hub's affair."""
         with self._lock:
             self._closed = True
+            self._ending.set()
             places = list(self._places.values())
         if not self._jobs:
             try:
@@ -169,7 +174,7 @@ class Launcher:
         """Why is a job not there yet?"""
         place = self._jobs.get(job)
         try:
-            text = place.backend.explain(job) if place is not None else "its start is being prepared"
+            text = place.backend.explain(job) or place.failed if place is not None else "its start is being prepared"
             if not text and job in self._preparing:
                 text = "the way by which jobs reach this host is being made"
         except Exception as error:
@@ -207,14 +212,32 @@ class Launcher:
             if place is None:
                 name, settings = restored(told)
                 backend = registry.create_jobs(name, settings)
-                place = self._places[key] = _Place(backend, settings)
-                watch = threading.Thread(target=self._watch, args=(backend,), name="fiberexec-launcher-watch", daemon=True)
-                watch.start()
+                place = _Place(backend, settings)
+                threading.Thread(target=self._watch, args=(place,), name="fiberexec-launcher-watch", daemon=True).start()
+                self._places[key] = place
         return place
 
-    def _watch(self, backend: JobBackend) -> None:
+    def _watch(self, place: _Place) -> None:
+        backend = place.backend
         self._in_thread(_sweep, backend)
-        backend.watch(self._ended)
+        pause = _PAUSE
+        while True:
+            began = time.monotonic()
+            try:
+                backend.watch(self._ended)
+                error: Exception = RuntimeError("it has stopped telling")
+            except Exception as found:
+                error = found
+            if self._closed:
+                return
+            # Agents are heard of on their own, and their silence too. Others' ends may have gone unheard.
+            place.failed = text = f"backend {backend.name!r} failed to say how jobs end: {error!r}"
+            _logger.warning("%s; it is asked again", text, exc_info=error)
+            for job in [job for job, where in list(self._jobs.items()) if where is place]:
+                self._post("unwatched", job, f"{text}; so job {job}, which had not shown up, is given up")
+            pause = _PAUSE if time.monotonic() > began + _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
+            if self._ending.wait(pause):
+                return
 
     def _urls(self, place: _Place, told: tuple[str, dict[str, Any]]) -> list[str]:
         with place.lock:

@@ -99,6 +99,13 @@ class Launcher(Shared):
         for found in self._find(job):
             found.end(exit, final)
 
+    def do_unwatched(self, peer: Peer, job: str, text: str) -> None:
+        """Its end may have gone unheard. An agent that has shown up is heard of by itself."""
+        for found in self._find(job):
+            if found.hello is None:
+                found.terminate()
+                found.fail(text, False)
+
     def _find(self, job: str) -> list[Job]:
         return [fleet.jobs[job] for fleet in self.fleets if job in fleet.jobs]
 

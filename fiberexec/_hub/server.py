@@ -16,6 +16,7 @@ import resource
 import select
 import signal
 import sys
+import time
 import traceback
 from _operator import _compare_digest
 from _socket import SO_SNDBUF, SOL_SOCKET, socket
@@ -74,6 +75,7 @@ class Hub(Shared):
         self._peers: dict[int, Peer] = {}  # by descriptor
         self.switch = Switch(self)
         self._others: dict[int, Callable[[int], None]] = {}  # by descriptor, what the switch follows
+        self._janitors = janitor.Janitors()
         self._timers = Timers()
         self.at = self._timers.at
         self._root = os.getppid()
@@ -143,7 +145,12 @@ class Hub(Shared):
     def clean(self, program: str, remains: list[Any]) -> None:
         """Let a janitor remove what a program's launcher has made."""
         if remains:
-            janitor.start(program, remains)
+            self._janitors.add(program, remains)
+            self._start_janitors()
+
+    def _start_janitors(self) -> None:
+        if self._janitors.start():
+            self.at(monotonic() + janitor.AGAIN, Timer(self._start_janitors))
 
     def finish(self) -> None:
         """The program has gone: end what is left of it elsewhere."""
@@ -156,6 +163,8 @@ class Hub(Shared):
             for fd, event in self._poll(0.05):
                 if fd in self._others:
                     self._others[fd](event)
+        while self._janitors.start():
+            time.sleep(janitor.AGAIN)
 
     def watch(self, peer: Peer, events: int) -> None:
         self._poller.modify(peer.sock, events)

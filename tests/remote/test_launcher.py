@@ -1,0 +1,100 @@
+"""What starts jobs goes on, whatever fails around it: its janitor, its backend's watch, drivers that look like others."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fiberexec import BrokenExecutor, FiberExecutor, _launcher, mp
+from fiberexec._hub import launch
+from fiberexec.mp import _jobs
+from fiberexec.testing._agents import AgentBackend
+
+LIMIT = 30.0
+
+
+# -- the janitor
+
+
+@pytest.fixture
+def no_jobs_left(nothing_left_behind: None) -> Iterator[None]:
+    """What looks after the processes of fiberexec.mp ends before anybody looks at what is left."""
+    yield
+    _jobs.close()
+    launch.close()
+
+
+def work(queue: Any) -> None:
+    """A process with a job of its own."""
+    with FiberExecutor(1, backend="agents", driver_timeout=2) as executor:
+        executor.submit(abs, 1).result()
+        queue.put(_launcher._launcher.program)  # type: ignore[union-attr]
+        executor.submit(signal.pause).result()
+
+
+def left(program: str) -> list[Path]:
+    return sorted(Path(tempfile.gettempdir()).glob(f"fiberexec-agents-{program}-*"))
+
+
+def test_a_hub_that_can_start_no_janitor_goes_on_and_tries_again(
+    no_jobs_left: None, hub: Callable[[], psutil.Process], until: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    queue = mp.Queue()
+    process = mp.Process(target=work, args=(queue,))
+    process.start()
+    program = queue.get(timeout=LIMIT)
+    assert (found := left(program))
+    limits = hub().rlimit(psutil.RLIMIT_NOFILE)
+    hub().rlimit(psutil.RLIMIT_NOFILE, (3, limits[1]))  # there is no descriptor for anything new
+    process.kill()
+    process.join(LIMIT)
+    until(lambda: "has no janitor" in capfd.readouterr().err, what="the program is told")
+    queue.put("it goes on")
+    assert queue.get(timeout=LIMIT) == "it goes on"
+    assert left(program) == found
+    hub().rlimit(psutil.RLIMIT_NOFILE, limits)
+    until(lambda: not left(program), what="a janitor has removed what was left")
+
+
+# -- the watch
+
+
+def test_jobs_whose_watch_fails_are_not_waited_for_and_it_goes_on(
+    make: Any, jobs: Any, until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No agent comes, and nobody would hear that: without a word another job is started, in which the task runs."""
+    watch, watches = AgentBackend.watch, []
+
+    def fails_once(backend: AgentBackend, report: Any) -> None:
+        watches.append(backend)
+        if len(watches) == 1:
+            until(lambda: jobs.started)
+            jobs.silent = False
+            raise KeyError("a defect of this backend")
+        watch(backend, report)
+
+    monkeypatch.setattr(AgentBackend, "watch", fails_once)
+    jobs.silent = True
+    with caplog.at_level(logging.WARNING, "fiberexec"):
+        assert make(1).submit(abs, -1).result(LIMIT) == 1
+    assert len(jobs.started) == 2
+    assert [record for record in caplog.records if "a defect of this backend" in record.getMessage()]
+    assert len(watches) == 2 and watches[0] is watches[1]
+
+
+def test_a_watch_that_always_fails_is_why_no_job_can_be_had(make: Any, jobs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(backend: AgentBackend, report: Any) -> None:
+        raise KeyError("a defect of this backend")
+
+    monkeypatch.setattr(AgentBackend, "watch", fails)
+    jobs.silent = True
+    error = make(1, startup_timeout=3).submit(abs, -1).exception(LIMIT)
+    assert isinstance(error, BrokenExecutor)
+    assert "a defect of this backend" in str(error.__cause__)
