@@ -138,13 +138,7 @@ class Listener(_End):
 
     def __init__(self, host: str, ca: str, certificate: str, key: str) -> None:
         super().__init__()
-        config = pynng.TLSConfig(
-            pynng.TLSConfig.MODE_SERVER,
-            ca_string=ca,
-            own_cert_string=certificate,
-            own_key_string=key,
-            auth_mode=pynng.TLSConfig.AUTH_MODE_REQUIRED,
-        )
+        config = _secured(pynng.TLSConfig.MODE_SERVER, ca, certificate, key)
         self._socket = pynng.Rep0(recv_max_size=MAX_MESSAGE, tls_config=config)
         try:
             listener = self._socket.listen(f"tls+tcp://{_bracketed(host)}:0")
@@ -210,8 +204,8 @@ class Listener(_End):
             if len(self._names) > 10000:
                 self._names.clear()
             out = ffi.new("char **")
-            if lib.nng_pipe_get_string(pipe, b"tls-peer-cn", out):
-                return ""  # it has gone
+            if lib.nng_pipe_get_string(pipe, b"tls-peer-cn", out) or not out[0]:
+                return ""  # it has gone, or has no name
             name = self._names[id] = ffi.string(out[0]).decode(errors="replace")
             lib.nng_strfree(out[0])
         return name
@@ -222,14 +216,7 @@ class Dialer(_End):
 
     def __init__(self, url: str, server: str, ca: str, certificate: str, key: str, exchanges: int) -> None:
         super().__init__()
-        config = pynng.TLSConfig(
-            pynng.TLSConfig.MODE_CLIENT,
-            server_name=server,
-            ca_string=ca,
-            own_cert_string=certificate,
-            own_key_string=key,
-            auth_mode=pynng.TLSConfig.AUTH_MODE_REQUIRED,
-        )
+        config = _secured(pynng.TLSConfig.MODE_CLIENT, ca, certificate, key, server)
         self._socket = pynng.Req0(
             recv_max_size=MAX_MESSAGE,
             tls_config=config,
@@ -271,6 +258,25 @@ class Dialer(_End):
             exchange.close()  # when nng's threads are done with it: none wakes a descriptor that is somebody else's by now
         os.close(self._wake)
         os.close(self._wakeup)
+
+
+def _secured(mode: int, ca: str, certificate: str, key: str, server: str | None = None) -> Any:
+    """Mutual TLS for one end.
+
+    Version 1.2 and no other: mbed TLS keeps the keys of 1.3 in tables that all connections share, and as pynng builds it
+    nothing guards them from nng's threads. Two handshakes at once, or one beside the end of a connection, can damage the heap.
+    """
+    config = pynng.TLSConfig(
+        mode,
+        server_name=server,
+        ca_string=ca,
+        own_cert_string=certificate,
+        own_key_string=key,
+        auth_mode=pynng.TLSConfig.AUTH_MODE_REQUIRED,
+    )
+    version = lib.NNG_TLS_1_2
+    pynng.exceptions.check_err(lib.nng_tls_config_version(config._tls_config, version, version))
+    return config
 
 
 def _bracketed(host: str) -> str:

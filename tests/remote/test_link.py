@@ -132,6 +132,13 @@ def test_the_hub_of_another_program_is_not_believed(connect: Any, target: Any) -
         connect(target["hub"][0], Authority().ca, target["certificate"], target["key"])
 
 
+def test_the_version_of_tls_is_the_one_whose_code_threads_may_share(connect: Any, target: Any, at_work: Any) -> None:
+    """By 1.3, connections at the same time have damaged the hub's heap: see _link."""
+    client = connect(target["hub"][0], target["ca"], target["certificate"], target["key"])
+    assert client.sock.version() == "TLSv1.2"
+    at_work()
+
+
 def test_a_client_without_tls(connect: Any, target: Any, at_work: Any) -> None:
     assert refused(connect, target, tls=False)
     assert refused(connect, target, tls=False, hello=b"GET / HTTP/1.1\r\n\r\n")
