@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fiberexec import _tunnel
@@ -54,6 +55,7 @@ class Way:
         self._failed: tuple[float, LaunchError] | None = None  # the last attempt, and when it ended
         self._made = 0.0  # when the last one was
         self._closed = False
+        self.trouble = ""  # why the one that is being made is not there yet, as far as that is known
 
     def reach(self, port: int, program: str) -> str:
         """Where agents dial. Raises ApiError, Setup and LaunchError."""
@@ -72,15 +74,21 @@ class Way:
                 name = f"{program}-outpost-{os.urandom(2).hex()}"
                 body = job(self._maker.pod(name, program, ["python"]), self._told[1])
                 try:
-                    self._outpost = Outpost(body, self._reader.namespace(), port, *self._told)
+                    self._outpost = Outpost(body, self._reader.namespace(), port, *self._told, self._warn)
                 except LaunchError as error:
                     self._failed = time.monotonic(), error
                     if error.final:
                         self._verdicts.settle(str(error))
                     raise
+                finally:
+                    self.trouble = ""
                 self._maker.owner = self._outpost.owner
                 self._made = time.monotonic()
             return self._outpost.address
+
+    def _warn(self, text: str) -> None:
+        self.trouble = text
+        _logger.warning("%s", text)
 
     def serves(self, since: float) -> bool:
         """Whether agents that were started then can still come by it, or never needed it."""
@@ -101,9 +109,16 @@ class Outpost:
     """An outpost, and the process with the link to it. Made when both are there. Raises LaunchError."""
 
     def __init__(
-        self, body: dict[str, Any], namespace: str, port: int, context: str | None, timeout: float, patience: float
+        self,
+        body: dict[str, Any],
+        namespace: str,
+        port: int,
+        context: str | None,
+        timeout: float,
+        patience: float,
+        warn: Callable[[str], None],
     ) -> None:
-        """``body``: of the Job; ``port``: of the hub, on this host; ``timeout``: driver_timeout."""
+        """``body``: of the Job; ``port``: of the hub here; ``timeout``: driver_timeout; ``warn``: is told why it waits."""
         told = {
             "job": body,
             "context": context,
@@ -128,7 +143,7 @@ class Outpost:
             found: dict[str, Any] = {"warning": ""}
             while "warning" in found:
                 if found["warning"]:
-                    _logger.warning("%s", found["warning"])
+                    warn(found["warning"])
                 found = json.loads(self._process.stdout.readline() or _ENDED)
         except BaseException as error:
             self.close()

@@ -336,7 +336,7 @@ class KubernetesBackend:
         with self._lock:
             known = self._jobs.get(job)
         if known is None or not known.pod:
-            return self._verdicts.text
+            return self._verdicts.text or self._way.trouble
         if known.trouble is not None:
             return errors.stuck(known.trouble, job, known.image, self._namespace)
         node = pods.node(known.pod)

@@ -68,3 +68,27 @@ say(process.exitcode)
     text, where = driver.says(2)
     assert text == "hello" and where.startswith("fx-") and driver.says(3) == 0
     assert driver.end() == 0
+
+
+ENDS = {  # how a program ends that has work under way, and its exit code
+    "sys.exit(3)": 3,
+    "1 / 0": 1,
+    "os._exit(4)": 4,
+    "os.close(1); list(pool.map(print, range(10)))": 0,
+}
+
+
+def test_a_program_that_ends_badly_ends_and_leaves_nothing(outside: Outside, own_space: str) -> None:
+    drivers = [
+        outside(f"""
+pool = FiberExecutor(1, driver_timeout=10)
+say(pool.submit(where).result())
+futures = [pool.submit(where, 0.1) for _ in range(5)]
+{end}
+""")
+        for end in ENDS
+    ]
+    for one in drivers:
+        one.says(0)
+    assert [one.end() for one in drivers] == list(ENDS.values())
+    eventually(lambda: left(own_space) == [])
