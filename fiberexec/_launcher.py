@@ -273,10 +273,13 @@ def _same_place(told: tuple[str, dict[str, Any]]) -> dict[str, str]:
 def _sweep(backend: JobBackend) -> None:
     """Remove what is left of programs of this host that were killed together with their hub: their jobs have ended since."""
     left: dict[str, bool] = {}  # by program
+    space = _platform.pid_space()
     try:
         for job in backend.list():
-            pid, _, host = job.get("labels", {}).get("fiberexec.driver", "").partition("@")
-            gone = host == _platform.host_name() and pid.isdecimal() and not _exists(int(pid))
+            labels = job.get("labels", {})
+            pid, _, host = labels.get("fiberexec.driver", "").partition("@")
+            here = host == _platform.host_name() and labels.get("fiberexec.space", space) == space
+            gone = here and pid.isdecimal() and not _exists(int(pid))
             left[job["program"]] = left.get(job["program"], True) and gone and job["state"].lower() in ENDED
         for program, is_left in left.items():
             if is_left:

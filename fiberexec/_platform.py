@@ -241,3 +241,31 @@ def memory_of(pid: int) -> int:
 def host_name() -> str:
     """The name of this host."""
     return gethostname()
+
+
+def user_name(user: int) -> str:
+    """The name of a user of this host, or the number."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def pid_space() -> str:
+    """What is the same for all who know this process by its number, and for nobody else; "" where that cannot be told.
+
+    It stands for a machine and a namespace there. Different hosts may have the same name, and a container that of its host.
+    """
+    from hashlib import sha256
+
+    for path in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):  # the second where the first is missing or empty
+        try:
+            with open(path, "rb") as file:
+                machine = file.read().strip()
+            if machine:
+                return sha256(b"%d %b" % (os.stat("/proc/self/ns/pid").st_ino, machine)).hexdigest()[:16]
+        except OSError:
+            continue
+    return ""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from commands import HOST, dead_pid, run, told
 
-from fiberexec import FiberExecutor, LaunchError
+from fiberexec import FiberExecutor, LaunchError, _platform
 from fiberexec._cli import jobs, places
 from fiberexec._hub import folder
 from fiberexec.backends import registry
@@ -123,6 +123,26 @@ def test_ps_shows_what_a_program_in_a_job_was_started_with(fake: type[Fake]) -> 
     Fake.jobs[0]["labels"] |= {"fiberexec.role": "driver", "fiberexec.command": "python train.py"}
     (row,) = told("ps", "--backend", "fake")["jobs"]
     assert (row["role"], row["command"]) == ("program", "python train.py")
+
+
+def test_whose_a_worker_is_says_the_program_that_it_works_for(fake: type[Fake]) -> None:
+    """Inside, they have other users, if any."""
+    Fake.jobs = [job(1, "1@fx-1-1"), job(1, "12@fx-1-1", "fx-2"), job(2, "12@elsewhere", "fx-2")]
+    Fake.jobs[0]["labels"] |= {"fiberexec.role": "driver", "fiberexec.user": "ann"}
+    for each in Fake.jobs[1:]:
+        each["labels"]["fiberexec.user"] = "0"
+    users = {row["id"]: row["user"] for row in told("ps", "--backend", "fake")["jobs"]}
+    assert users == {"fx-1-1": "ann", "fx-2-1": "ann", "fx-2-2": "0"}
+
+
+@pytest.mark.parametrize("space, runs", [(_platform.pid_space(), False), ("of another machine", None)])
+def test_whether_a_driver_runs_nobody_knows_of_another_host_of_the_same_name(
+    fake: type[Fake], space: str, runs: bool | None
+) -> None:
+    Fake.jobs = [job(1, f"{dead_pid()}@{HOST}")]
+    Fake.jobs[0]["labels"]["fiberexec.space"] = space
+    assert [row["driver_runs"] for row in told("ps", "--backend", "fake")["jobs"]] == [runs]
+    assert len(told("clean", "--backend", "fake")["removed"]) == (runs is False)
 
 
 def test_ps_has_stable_keys(fake: type[Fake]) -> None:

@@ -16,6 +16,8 @@ import pytest
 from running import WAITS, Runner, Running, until
 from services import cluster_image, require_docker, require_kubernetes, worker_image
 
+from fiberexec import _platform
+
 pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
 _numbers = itertools.count(1)
 
@@ -186,7 +188,7 @@ def test_detached_programs_are_seen_by_ps_and_logs_and_ended_by_kill(place: Plac
     until(lambda: "up" in place.ask("logs", name))
     assert json.loads(place.ask("logs", "--json", name).splitlines()[0]) == {"job": name, "line": "up"}
     (line,) = [line for line in place.ask("ps").splitlines() if line.startswith(f"{name} ")]
-    assert "running" in line
+    assert "running" in line and f" {_platform.user_name(os.getuid())} " in line
     follow = place.fx.begin("logs", "-f", "--backend", place.backend, name)
     follow.expect("up")
     place.ask("kill", name)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fiberexec import _platform
 from fiberexec._cli import processes
 from fiberexec._cli.places import LOCAL, PROGRAM, Places, Row
 from fiberexec._errors import FiberError
@@ -94,7 +95,7 @@ def _signal(process: processes.Process, number: signal.Signals, group: bool = Fa
     except ProcessLookupError:
         pass
     except PermissionError:
-        owner = processes.user_name(process.user)
+        owner = _platform.user_name(process.user)
         raise FiberError(f"process {process.pid} belongs to {owner}: only {owner} or root may end it") from None
 
 

@@ -75,8 +75,12 @@ class Places:
             else:
                 self.problems[name] = _said(jobs)
         gone = {row.id for row in self.rows if row.role == PROGRAM and row.has_ended()}
-        # Drivers that are jobs themselves call their host as the job is called.
-        self.rows = [row._replace(driver_runs=False) if row.driver.partition("@")[2] in gone else row for row in self.rows]
+        # Drivers that are jobs themselves call their host as the job is called; whose they are, their own host does not know.
+        users = {row.id: row.user for row in self.rows if row.role == PROGRAM}
+        for number, row in enumerate(self.rows):
+            job = row.driver.partition("@")[2]
+            runs = False if job in gone else row.driver_runs
+            self.rows[number] = row._replace(driver_runs=runs, user=users.get(job, row.user))
         self.rows.sort(key=lambda row: (row.backend, row.started or 0.0, row.id))
 
     def backend(self, name: str) -> JobBackend:
@@ -100,10 +104,11 @@ class Places:
         labels = job.get("labels") or {}
         driver = str(labels.get("fiberexec.driver", ""))
         started = float(job["started"]) if job.get("started") else None
-        runs = processes.runs(driver, time.time() if started is None else started, self._table) if driver else None
+        since, space = time.time() if started is None else started, str(labels.get("fiberexec.space", ""))
+        runs = processes.runs(driver, since, self._table, space) if driver else None
         user = str(labels.get("fiberexec.user", ""))
         if user.isdecimal() and driver.partition("@")[2] == _platform.host_name():
-            user = processes.user_name(int(user))
+            user = _platform.user_name(int(user))
         command = self._table[int(driver.partition("@")[0])].command if runs else str(labels.get(run_base.COMMAND, ""))
         told = {key: str(job.get(key) or "") for key in ("id", "state", "program", "host", "image")}
         role = PROGRAM if labels.get(run_base.ROLE) == run_base.DRIVER else WORKER
@@ -114,7 +119,7 @@ class Places:
 def _local(worker: processes.Process, driver: processes.Process) -> Row:
     host = _platform.host_name()
     name = f"{driver.pid}@{host}"
-    user = processes.user_name(worker.user)
+    user = _platform.user_name(worker.user)
     job = f"local-{worker.pid}"  # as the executor calls it
     return Row(job, LOCAL, "running", name, True, name, user, host, "", worker.started, driver.command, WORKER)
 
@@ -124,7 +129,7 @@ def _programs() -> list[Row]:
     from fiberexec._cli.run_local import LocalPlace
 
     host = _platform.host_name()
-    user = processes.user_name(os.getuid())
+    user = _platform.user_name(os.getuid())
     return [
         Row(name, LOCAL, "running" if runs else "exited", "", None, name, user, host, "", started, command, PROGRAM)
         for name, runs, started, command in LocalPlace().list()

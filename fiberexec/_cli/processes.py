@@ -7,7 +7,6 @@ workers, and its parent is the driver. So what is shown is there, and nothing of
 from __future__ import annotations
 
 import os
-import pwd
 import time
 from typing import NamedTuple
 
@@ -127,10 +126,13 @@ def _in_job(processes: Table, process: Process | None) -> bool:
     return False
 
 
-def runs(driver: str, since: float, processes: Table) -> bool | None:
-    """Whether a driver ("pid@host") that has made something at ``since`` still runs; None if nobody can know here."""
+def runs(driver: str, since: float, processes: Table, space: str = "") -> bool | None:
+    """Whether a driver ("pid@host") that has made something at ``since`` still runs; None if nobody can know here.
+
+    ``space``: what _platform.pid_space() is for the driver, "" if nobody knows.
+    """
     number, _, host = driver.partition("@")
-    if host != _platform.host_name() or not number.isdecimal():
+    if host != _platform.host_name() or not number.isdecimal() or space not in ("", _platform.pid_space()):
         return None
     pid = int(number)
     process = processes.get(pid)
@@ -169,11 +171,3 @@ def same(process: Process) -> bool:
     """Whether a process of the table still runs."""
     now = table().get(process.pid)
     return now is not None and not now.ended and abs(now.started - process.started) <= _TOLERANCE
-
-
-def user_name(user: int) -> str:
-    """The name of a user of this host, or the number."""
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return str(user)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import IO, Any
 
-from fiberexec import _config
+from fiberexec import _config, _platform
 from fiberexec._cli import run_code, run_first
 from fiberexec._cli.run_base import COMMAND, DRIVER, ROLE, Fate, Put, Wanted, followed, shown, variables
 from fiberexec._errors import ConfigError, FiberError
@@ -304,7 +304,7 @@ def _labels(wanted: Wanted) -> dict[str, str]:
         ROLE: DRIVER,
         "fiberexec.program": wanted.name,
         "fiberexec.job": wanted.name,
-        "fiberexec.user": str(os.getuid()),
+        "fiberexec.user": _platform.user_name(os.getuid()),
         "fiberexec.started": str(int(time.time())),
         "fiberexec.driver": f"1@{wanted.name}",
         "fiberexec.folder": _folder(wanted),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fiberexec import _platform
 from fiberexec._cli import run_code, run_first
 from fiberexec._cli.run_base import COMMAND, DRIVER, ROLE, Fate, Wanted, shown
 from fiberexec._errors import ConfigError, FiberError
@@ -130,6 +131,7 @@ def job(wanted: Wanted, checked: options.Options, image: str, account: str) -> d
     annotations = {
         **checked.annotations,
         "fiberexec.driver": f"1@{wanted.name}",
+        "fiberexec.user": _platform.user_name(os.getuid()),
         "fiberexec.folder": folder_of(wanted),
         COMMAND: shown(wanted.command),
     }

@@ -44,11 +44,14 @@ class Maker:
             "fiberexec.user": str(os.getuid()),
             "fiberexec.started": str(int(time.time())),
             "fiberexec.driver": _label(self._driver),
+            "fiberexec.space": _platform.pid_space(),
         }
+        # What may hold what no label may.
+        exact = {"fiberexec.driver": self._driver, "fiberexec.user": _platform.user_name(os.getuid())}
         own = self._own_pod()
         image = wanted.image or ("" if wanted.template else _image_of(own))
         try:
-            body = options.pod(wanted, image, name, command, labels, {"fiberexec.driver": self._driver})
+            body = options.pod(wanted, image, name, command, labels, exact)
         except (OSError, ValueError) as error:
             raise LaunchError(f"backend_options: pod_template={wanted.template!r}: {error}", final=True) from error
         if own and own["metadata"]["namespace"] == self._reader.namespace():

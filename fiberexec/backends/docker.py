@@ -157,9 +157,10 @@ class DockerBackend:
         return {
             "fiberexec.program": job.program,
             "fiberexec.job": job.id,
-            "fiberexec.user": str(os.getuid()),
+            "fiberexec.user": _platform.user_name(os.getuid()),
             "fiberexec.started": str(int(time.time())),
             "fiberexec.driver": self._driver,
+            "fiberexec.space": _platform.pid_space(),
         }
 
     def _discard(self, client: Any, job: str) -> None:

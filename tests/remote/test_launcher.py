@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fiberexec import BrokenExecutor, FiberExecutor, _launcher, mp
+import fiberexec
+from fiberexec import BrokenExecutor, FiberExecutor, _launcher, _platform, mp
 from fiberexec._hub import launch
 from fiberexec.mp import _jobs
 from fiberexec.testing._agents import AgentBackend
@@ -98,3 +102,55 @@ def test_a_watch_that_always_fails_is_why_no_job_can_be_had(make: Any, jobs: Any
     error = make(1, startup_timeout=3).submit(abs, -1).exception(LIMIT)
     assert isinstance(error, BrokenExecutor)
     assert "a defect of this backend" in str(error.__cause__)
+
+
+# -- what others have left
+
+
+class Left:
+    """A backend with jobs of a driver that has gone from this host, as far as one can see."""
+
+    name = "left"
+
+    def __init__(self, space: str | None) -> None:
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        self.labels = {"fiberexec.driver": f"{process.pid}@{_platform.host_name()}"}
+        if space is not None:
+            self.labels["fiberexec.space"] = space
+        self.removed: list[str] = []
+
+    def list(self) -> list[dict[str, Any]]:
+        return [{"id": "fx-1-1", "program": "fx-1", "state": "exited", "labels": self.labels}]
+
+    def remove(self, program: str) -> int:
+        self.removed.append(program)
+        return 1
+
+
+@pytest.mark.parametrize("space", [_platform.pid_space(), None])
+def test_what_a_dead_driver_of_this_host_left_is_removed(space: str | None) -> None:
+    backend: Any = Left(space)
+    _launcher._sweep(backend)
+    assert backend.removed == ["fx-1"]
+
+
+def test_what_has_ended_of_a_driver_elsewhere_that_calls_its_host_like_this_one_stays() -> None:
+    """It may run, and be about to start more."""
+    backend: Any = Left("of another machine, or of a container that has the name of its host")
+    _launcher._sweep(backend)
+    assert not backend.removed
+
+
+@pytest.mark.skipif(not _platform.LINUX, reason="there are no namespaces")
+def test_a_container_with_the_name_of_its_host_is_another_place() -> None:
+    code = "from fiberexec import _platform; print(_platform.pid_space())"
+    environ = {**os.environ, "PYTHONPATH": str(Path(fiberexec.__file__).parents[1])}
+    found = [
+        subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+        for prefix in ((), ("unshare", "--pid", "--fork"))
+    ]
+    if found[1].returncode:
+        pytest.skip(f"no namespaces may be made here: {found[1].stderr}")
+    here, there = (done.stdout.strip() for done in found)
+    assert here == _platform.pid_space() != there and len(there) == len(here) == 16
