@@ -88,14 +88,22 @@ def driver(own_space: str) -> Inside:
 
 
 @pytest.fixture
-def host() -> Iterator[str]:
-    """A host that reaches the API server only, and that nobody reaches."""
+def hosts() -> Iterator[list[str]]:
+    """Three hosts that reach the API server only, and that nobody reaches."""
     services.require_kubernetes()
-    host = services.require_netns(3)[2]
-    network.link("only", host, cluster.ADDRESS)
-    yield host
-    subprocess.run(services.in_host(host, "iptables", "-F", "OUTPUT"), check=True)
-    network.link("restore", host)
+    hosts = services.require_netns(3)[:3]
+    for host in hosts:
+        network.link("only", host, cluster.ADDRESS)
+    yield hosts
+    for host in hosts:
+        subprocess.run(services.in_host(host, "iptables", "-F", "OUTPUT"), check=True)
+        network.link("restore", host)
+
+
+@pytest.fixture
+def host(hosts: list[str]) -> str:
+    """The one on which programs start that are not told another."""
+    return hosts[0]
 
 
 @pytest.fixture
@@ -103,7 +111,7 @@ def outside(host: str, own_space: str, tmp_path: Path) -> Iterator[Outside]:
     """Starts a program there: outside(code)."""
     made: list[Driver] = []
 
-    def start(code: str, *, image: str | None = None, kubeconfig: str = "") -> Driver:
+    def start(code: str, *, image: str | None = None, kubeconfig: str = "", host: str = host) -> Driver:
         if image is None:
             image = services.cluster_image(services.worker_image())
         folder = tmp_path / str(len(made))
