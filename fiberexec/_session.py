@@ -22,6 +22,7 @@ _HEADER = struct.Struct("<4s16sQQQI")  # magic | session | stamp | acknowledged 
 _PACKET = struct.Struct("<IBQ")  # bytes of data | kind | channel
 KEY_SIZE = 16
 _AHEAD = 1 << 16  # packets may come so long before their turn
+_AHEAD_BYTES = 16 * MESSAGE_BYTES  # ... of which so much is kept: twice of what is on the way at once
 
 # Kinds of packets.
 CONTROL = 0  # a message from one side's logic to the other's, see _messages.encode
@@ -49,6 +50,7 @@ class Session:
         self._due = 0  # the last packet that had been sent when overdue() was asked
         self._received = 0  # up to here everything has arrived
         self._early: dict[int, Packet] = {}  # what has arrived before its turn
+        self._early_bytes = 0
         self.backlog = 0  # bytes that are not acknowledged
         self.stamp = 0  # goes out with each message
         self.heard = 0  # the highest stamp that has come
@@ -104,14 +106,25 @@ class Session:
         for _ in range(self._last - len(self._kept), acknowledged):
             self.backlog -= len(self._kept.popleft().data)
         self._next = max(self._next, acknowledged + 1)
-        for each, packet in enumerate(packets, number):
-            if each > self._received:
-                self._early[each] = packet
         found: list[Packet] = []
-        while self._received + 1 in self._early:
-            self._received += 1
-            found.append(self._early.pop(self._received))
+        for each, packet in enumerate(packets, number):
+            if each == self._received + 1:
+                self._received = each
+                found.append(packet)
+                while (early := self._early.pop(self._received + 1, None)) is not None:
+                    self._received += 1
+                    self._early_bytes -= len(early.data)
+                    found.append(early)
+            elif each > self._received:
+                self._keep(each, packet)
         return found
+
+    def _keep(self, number: int, packet: Packet) -> None:
+        """Keep a packet until its turn, unless there are too many bytes of such: it is not acknowledged, and comes again."""
+        kind, channel, data = packet
+        if number not in self._early and self._early_bytes + len(data) <= _AHEAD_BYTES:
+            self._early[number] = Packet(kind, channel, bytes(data))  # not its whole message
+            self._early_bytes += len(data)
 
 
 def _packets(message: bytes, count: int) -> list[Packet]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import tracemalloc
 
 import hypothesis.strategies as st
 import pytest
@@ -216,3 +218,53 @@ def test_what_comes_too_long_before_its_turn_is_refused() -> None:
         last = joined(theirs)
     with pytest.raises(ProtocolError, match="future"):
         Session(KEY).accept(last)
+
+
+def test_what_comes_before_its_turn_is_kept_within_bounds_and_comes_again() -> None:
+    """However much it is: the first packet is missing, and what follows is large, or a little of a large message."""
+    ours, theirs = Session(KEY), Session(KEY)
+    pushed = [bytes([number % 256]) * (1 if number % 2 else MESSAGE_BYTES) for number in range(400)]
+    for data in pushed:
+        ours.push(DATA, 1, data)
+    tracemalloc.start()
+    try:
+        joined(ours)  # is lost
+        early = 0
+        while ours.has_output:
+            message = joined(ours)
+            early += len(message)
+            assert theirs.accept(message) == []
+        del message
+        assert early > 40 << 20 > 4 * tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    arrived: list[bytes] = []
+    for _ in range(20):
+        ours.rewind()
+        while ours.has_output:
+            arrived += (bytes(packet.data) for packet in theirs.accept(joined(ours)))
+        ours.accept(joined(theirs))
+    assert arrived == pushed and not ours.backlog and not theirs._early and not theirs._early_bytes
+
+
+def test_more_than_is_kept_before_its_turn_arrives_through_a_network_that_reorders() -> None:
+    """What is dropped is sent again: each time, at least what comes first gets through."""
+    chance = random.Random(5)
+    ours, theirs = Session(KEY), Session(KEY)
+    pushed = [chance.randbytes(4) + bytes(MESSAGE_BYTES) for _ in range(60)]
+    for data in pushed:
+        ours.push(DATA, 1, data)
+    arrived: list[bytes] = []
+    rounds = 0
+    while len(arrived) < len(pushed):
+        rounds += 1
+        assert rounds <= len(pushed), "nothing gets through"
+        ours.rewind()
+        network = []
+        while ours.has_output:
+            network.append(joined(ours))
+        chance.shuffle(network)
+        for message in network:
+            arrived += (bytes(packet.data) for packet in theirs.accept(message))
+        ours.accept(joined(theirs))
+    assert arrived == pushed and not ours.backlog and not theirs._early_bytes
