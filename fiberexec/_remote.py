@@ -64,6 +64,7 @@ class RemoteBackend:
         self.idle_timeout = jobs.idle_timeout
         if settings.ship:
             _bundle.check_ship(settings.ship)
+        self._given = Resources(settings.cpu or 0, settings.memory or 0, settings.gpu or 0)
         self._ship = settings.ship
         self._settings = plain(settings)
         self._workers_per_job = settings.workers_per_job
@@ -195,8 +196,8 @@ class RemoteBackend:
                 self._refuse(worker, error, False)
                 return
             self._workers[worker] = True
-            has = self._narrowed(Resources(*size))
-            pool = Pool(job, has, tuple(devices)[: has.gpu])
+            has = self._capacity(Resources(*size))
+            pool = Pool(job, has, tuple(devices or self.largest.devices)[: has.gpu])
             self._found.append(Started(worker, pid, host, connection, pool, job))
         elif verb == "refused":
             self._refuse(worker, LaunchError(rest[0], final=rest[1]), rest[1])
@@ -227,10 +228,18 @@ class RemoteBackend:
 
             logging.getLogger("fiberexec").warning("%s: %s", self.name, said)
 
-    def _narrowed(self, size: Resources) -> Resources:
-        """What a job has, or was asked for."""
-        asked = self.largest.capacity
-        return Resources(min(size.cpu, asked.cpu), min(size.memory, asked.memory), min(size.gpu, asked.gpu))
+    def _capacity(self, said: Resources) -> Resources:
+        """What a job has: what was asked for, or of what was not what it says itself.
+
+        A job says less than it was given where its limit is no whole number of cores, or of pages: a task that asks for all of
+        that would wait for ever.
+        """
+        given, most = self._given, self.largest.capacity
+        return Resources(
+            given.cpu or min(said.cpu, most.cpu),
+            given.memory or min(said.memory, most.memory),
+            given.gpu or min(said.gpu, most.gpu),
+        )
 
     def _refuse(self, worker: int, error: BaseException, final: bool) -> None:
         self._starting.pop(worker, None)

@@ -9,11 +9,12 @@ import socket
 import threading
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fiberexec._errors import LaunchError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends._containers import address_towards
+from fiberexec.backends.base import Resources
 
 _TIMEOUT = 60.0  # seconds that the engine may take for an answer
 _logger = logging.getLogger("fiberexec")
@@ -29,11 +30,13 @@ class Engine:
         self._lock = threading.Lock()
         self._client: Any = None
         self._answered = False  # the engine has, once
+        self._room: Resources | None = None  # what its host has
 
     def client(self) -> Any:
-        """The SDK's client. Raises what the SDK raises while no engine answers."""
+        """The SDK's client. Raises what the SDK raises while no engine answers, LaunchError where there can be none."""
         with self._lock:
             if self._client is None:
+                self._address()
                 self._client = import_module("docker").from_env(timeout=_TIMEOUT, max_pool_size=4 * self._at_once)
                 self._answered = True
             return self._client
@@ -58,14 +61,44 @@ class Engine:
         except Exception:  # of a configuration that the SDK complains about itself, when it is asked for a client
             return _SOCKET
 
+    def _address(self) -> SplitResult:
+        """url() in its parts, as the SDK understands it. Raises LaunchError."""
+        url = self.url()
+        try:
+            return urlsplit(str(import_module("docker.utils").parse_host(url)))
+        except (sdk().DockerException, ValueError) as error:
+            source = "DOCKER_HOST" if os.environ.get("DOCKER_HOST") else "Docker's context"
+            raise LaunchError(
+                f"Docker: {url!r} (from {source}) is no address of an engine: {errors.words(error)}. What to do: give it one "
+                "such as unix:///var/run/docker.sock, tcp://host:2376 or ssh://user@host, or unset it for the engine of this "
+                "machine",
+                final=True,
+            ) from None
+
+    def must_hold(self, size: Resources) -> None:
+        """Raise LaunchError if the engine's host has less than a container is to have, or what the SDK raises.
+
+        For the cpus Docker would say so itself, later; more memory than there is it would take for no limit at all.
+        """
+        if self._room is None:
+            info = self.client().info()
+            self._room = Resources(info.get("NCPU") or 0, info.get("MemTotal") or 0)
+        has = self._room
+        if size.cpu > has.cpu > 0 or size.memory > has.memory > 0:
+            raise LaunchError(
+                f"Docker: a container of {_amount(size)} fits nowhere: the engine at {self.url()} has {_amount(has)}. What to "
+                "do: correct cpu= and memory= (or @meta of the function), or use the engine of a larger machine",
+                final=True,
+            )
+
     def failed(self, error: Exception, doing: str, image: str = "", name: str = "") -> LaunchError:
         """What an exception means: see _docker_errors."""
         return errors.explained(error, doing, url=self.url(), image=image, name=name, new=not self._answered)
 
     def gateway(self, network: str) -> tuple[str, ...]:
         """The addresses under which containers of a network reach this host. Raises LaunchError."""
-        parts = urlsplit(self.url())
-        if parts.scheme not in ("unix", "npipe") and parts.hostname not in _HERE:
+        parts = self._address()
+        if parts.scheme not in ("http+unix", "npipe") and parts.hostname not in _HERE:
             raise LaunchError(
                 f"the Docker engine is on another host ({self.url()}), and its containers must reach this one: say under "
                 'which address, backend_options={"advertise_address": ...}',
@@ -91,6 +124,11 @@ class Engine:
             'host, backend_options={"advertise_address": ...}',
             final=True,
         )
+
+
+def _amount(size: Resources) -> str:
+    parts = [f"cpu={size.cpu:g}"] * bool(size.cpu) + [f"memory={size.memory / 2**20:.0f} MiB"] * bool(size.memory)
+    return ", ".join(parts)
 
 
 def sdk() -> Any:

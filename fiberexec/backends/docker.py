@@ -63,7 +63,7 @@ class DockerBackend:
 
     def __init__(self, settings: Any, max_workers: int | None = None) -> None:
         self._options = options.check(settings)
-        self._memory = settings.memory
+        self._size = Resources(settings.cpu or 0, settings.memory or 0)
         self.default_workers = _platform.cpu_count()
         self.largest = Pool(
             "docker",
@@ -105,6 +105,7 @@ class DockerBackend:
         try:
             with self._slots:
                 client = self._engine.client()
+                self._engine.must_hold(self._size)
                 known.image = self._images.ready(client)
                 image = known.image.name
                 self._run(client, job, known.image)
@@ -283,7 +284,7 @@ class DockerBackend:
             self._leaving[job] = time.monotonic() + _LINGER
         # A child's death for want of memory leaves the same mark as the first process's own.
         if code == 137 and state.get("OOMKilled") and not (known.unwanted or known.killed):
-            limit = f" of {self._memory / 2**20:g} MiB" if self._memory else ""
+            limit = f" of {self._size.memory / 2**20:g} MiB" if self._size.memory else ""
             text = f"container {job} took more memory than its limit{limit}: the whole job was killed; give it more (memory=)"
             self._remember(job, text)
             return JobEnded(job, Exit(-9, "OOMKilled", f"{log}{text}\n"))

@@ -88,7 +88,8 @@ def test_a_folder_that_the_host_does_not_have_is_not_made(place: Callable[..., P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"cpu": 5000}, "correct cpu="),
+        ({"cpu": 5000}, "a container of cpu=5000 fits nowhere: the engine at"),
+        ({"memory": "900Ti", "cpu": 0.5}, "a container of cpu=0.5, memory=943718400 MiB fits nowhere: the engine at"),
         ({"gpu": 1}, "NVIDIA Container Toolkit"),
         ({"backend_options": {"network": "no-such-network"}}, "docker network create"),
         ({"backend_options": {"user": "nobody-knows-me"}}, "a uid works in every image"),
@@ -179,6 +180,19 @@ def test_no_engine_at_a_socket(place: Callable[..., Place], tmp_path: Path, monk
 
 
 JOB = Job("program-1", "program", ("python",), b"")
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "/var/run/docker.sock", "ftp://host:1", "tcp://host", "tcp://host:99999", "host:x"]
+)
+def test_what_is_no_address_of_an_engine_is_told_to_be_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", url)
+    one = silent()
+    for call in (one.advertise, one.list, lambda: one.start(JOB)):
+        with pytest.raises(LaunchError, match=r"is no address of an engine.*unix:///var/run/docker.sock, tcp://") as caught:
+            call()
+        assert caught.value.final and f"{url!r} (from DOCKER_HOST)" in str(caught.value)
+    one.close()
 
 
 def silent(**arguments: Any) -> Any:
