@@ -213,7 +213,7 @@ def test_a_policy_that_refuses_a_pod_is_quoted(place: Make, own_space: str) -> N
 
 
 def test_a_registry_that_may_come_back_is_waited_for_and_said(place: Make) -> None:
-    one = place(image="localhost:1/some/image:1", startup_timeout=40)
+    one = place(image="localhost:1/some/image:1", startup_timeout=30)
     job = one.start(1, SLEEP)
     eventually(lambda: "ImagePullBackOff: " in one.backend.explain(job))
     eventually(lambda: "correct image='localhost:1/some/image:1'" in one.backend.explain(job))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from clusters import kubectl
 from running import Runner
 
 pytestmark = pytest.mark.timeout(300)  # its image may have to be built
-SPAN = 30.0  # seconds
+# Seconds, and calls that may be made meanwhile: a minute may have one.
+SPAN, MOST = (60.0, 1) if os.environ.get("FIBEREXEC_CAMPAIGN") == "full" else (15.0, 0)
 IDLE = """
 import time
 from fiberexec import FiberExecutor
@@ -63,6 +65,6 @@ def test_an_idle_executor_makes_no_call_but_its_watch(space: str, tmp_path: Path
     before = calls(space)
     assert before >= 4, "its calls are not counted"  # two pods, their Secrets, a list, a watch
     time.sleep(SPAN)
-    assert calls(space) - before <= 1  # a minute may have one
+    assert calls(space) - before <= MOST
     command.interrupt()
     command.end(130, 1)

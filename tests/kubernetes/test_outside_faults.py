@@ -91,42 +91,42 @@ def connections(host: str, pid: int) -> set[str]:
     return {match[1] for line in lines if (match := re.search(r"\S+:(\d+)\s+\S*" + re.escape(cluster.ADDRESS), line))}
 
 
-@pytest.mark.parametrize("what", ["outpost", "link"])
 def test_an_outpost_that_is_lost_is_replaced_and_the_work_moves_without_a_charge(
-    what: str, outside: Outside, own_space: str
+    outside: Outside, hosts: list[str], own_space: str
 ) -> None:
-    driver = outside("""
+    code = """
 with FiberExecutor(2, driver_timeout=15) as pool:
     futures = [pool.submit(where, 1.0, number) for number in range(20)]
     say(futures[0].result())
     say([future.result() for future in futures])
-""")
-    driver.says(0)
-    if what == "outpost":
-        kubectl("-n", own_space, "delete", "pod", "-l", "fiberexec.role=outpost", "--wait=false")
-    else:
-        os.kill(driver.link(), signal.SIGKILL)
-    assert [each[0] for each in driver.says(1, 150)] == list(range(20))
-    assert driver.end() == 0
+"""
+    without_outpost, without_link = drivers = [outside(code, host=host) for host in hosts[:2]]
+    program = without_outpost.says(0)[1].rpartition("-")[0]  # the pod's name has it
+    label = f"fiberexec.role=outpost,fiberexec.program={program}"
+    assert kubectl("-n", own_space, "delete", "pod", "-l", label, "--wait=false")
+    without_link.says(0)
+    os.kill(without_link.link(), signal.SIGKILL)
+    for driver in drivers:
+        assert [each[0] for each in driver.says(1, 150)] == list(range(20))
+        assert driver.end() == 0
     eventually(lambda: left(own_space) == [])
 
 
-@pytest.mark.parametrize("what", ["driver", "everything", "laptop"])
-def test_nothing_is_left_of_a_program_that_was_killed(what: str, outside: Outside, host: str, own_space: str) -> None:
-    driver = outside("""
+def test_nothing_is_left_of_a_program_that_was_killed(outside: Outside, hosts: list[str], own_space: str) -> None:
+    code = """
 with FiberExecutor(2, driver_timeout=10) as pool:
     say(pool.submit(where).result())
     pool.submit(where, 1000.0)
     pool.submit(where, 1000.0)
     time.sleep(1000)
-""")
-    driver.says(0)
-    pids = [driver.process.pid] if what == "driver" else driver.processes()
-    if what == "laptop":  # it is closed: nothing of it is heard any more
-        network.link("drop", host)
-        os.kill(driver.process.pid, signal.SIGSTOP)
-    else:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+"""
+    alone, whole, laptop = drivers = [outside(code, host=host) for host in hosts]
+    for driver in drivers:
+        driver.says(0)
+    alone.process.kill()
+    for pid in whole.processes():
+        os.kill(pid, signal.SIGKILL)
+    network.link("drop", laptop.host)  # it is closed: nothing of it is heard any more
+    os.kill(laptop.process.pid, signal.SIGSTOP)
     # The outpost waits for driver_timeout and 10 s; its Job stays for 10 s; then the cluster collects what it owned.
-    eventually(lambda: left(own_space) == [], 60)
+    eventually(lambda: left(own_space) == [], 80)
