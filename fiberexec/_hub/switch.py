@@ -12,6 +12,9 @@ Rules:
 
 from __future__ import annotations
 
+import errno
+import resource
+import sys
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fiberexec import _messages as messages
 from fiberexec import _platform
+from fiberexec._hub import plain
 from fiberexec._hub.shared import Timer
 from fiberexec._relay import IN, Relays
 from fiberexec._session import CLOSE, CONTROL, PARKED, Session, read_header
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 BEATS = 10  # answers in driver_timeout, whatever there is to say
 LONGEST_PAUSE = 2.0  # seconds between them
 MARGIN = 5.0  # seconds beyond driver_timeout
+_SHARE = 8  # a channel takes two descriptors: no job has more than a quarter of all
 
 
 class AgentLink:
@@ -72,10 +77,10 @@ class AgentLink:
         try:
             for packet in packets:
                 if packet.kind == CONTROL:
-                    self._obey(*messages.decode(bytes(packet.data)))
+                    self._obey(*plain.read(packet.data))
                 else:
                     self.relays.handle(packet)
-        except (ProtocolError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (ProtocolError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             self._lost(f"its agent said what nobody understands: {error!r}")
             raise ProtocolError("no agent of this version") from error
         if self._closed or exchange.pipe != self._pipe:
@@ -122,6 +127,8 @@ class AgentLink:
         if channel in self.relays.channels:
             raise ProtocolError(f"channel {channel} is open")
         try:
+            if len(self.relays.channels) >= self._switch.channels:
+                raise OSError(errno.EMFILE, "this job's share of the hub's descriptors is used up")
             ours, theirs = _platform.stream_pair()
         except OSError:  # out of descriptors: as if the hub did not listen
             self._push(CLOSE, channel)
@@ -157,6 +164,8 @@ class Switch:
         self.hub = hub
         self.links: dict[str, AgentLink] = {}  # by the job's id
         self.speaking: dict[AgentLink, None] = {}  # those that may have something to send
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.channels = sys.maxsize if descriptors == resource.RLIM_INFINITY else descriptors // _SHARE  # that a job may have
         self._listeners: dict[tuple[str, str], Listener] = {}  # by address and authority: a forked process has its own
 
     def listen(self, host: str, ca: str, certificate: str, key: str) -> int:

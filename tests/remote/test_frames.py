@@ -248,3 +248,23 @@ def test_a_hub_without_a_descriptor_to_spare_refuses_a_channel_and_goes_on(
     session.push(OPEN, 3)
     assert place.hear(job, b"".join(session.take()))
     assert not place.hub._peers and not job.why_lost
+
+
+def test_a_job_takes_no_more_than_its_share_of_the_hubs_descriptors(place: Place) -> None:
+    place.hub.switch.channels = 20
+    closed = []
+    for worker, channels in ((MINE, 100), (OTHERS, 5)):
+        job = place.job(place.fleet(), worker)
+        session = Session(job.id.encode().ljust(KEY_SIZE))
+        session.push(CONTROL, 0, messages.encode(HELLO))
+        assert place.hear(job, b"".join(session.take()))
+        assert job.link._session is not None
+        first = job.link._session._last
+        for channel in range(2, 2 + channels):
+            session.push(OPEN, channel)
+        assert place.hear(job, b"".join(session.take())) and not job.why_lost
+        said = list(job.link._session._kept)[first - job.link._session._last :] if job.link._session._last > first else []
+        assert {packet.kind for packet in said} <= {CLOSE}
+        closed.append(len(said))
+        assert len(job.link.relays.channels) == channels - len(said)
+    assert closed == [80, 0] and len(place.hub._peers) == 25

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tenacity import Retrying, wait_none
+from tenacity import Retrying, stop_after_attempt, wait_none
 
 from fiberexec import FiberExecutor, LaunchError, _launcher, _tls
 from fiberexec import _messages as messages
@@ -220,6 +220,31 @@ def test_an_agent_that_talks_nonsense_loses_its_job_and_nobody_elses(
     client.send(joined(session))
     assert not future.done() or future.exception()
     at_work()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x80\x05Nr" + (1 << 28).to_bytes(4, "little") + b".",  # a place far out in the memo: gigabytes
+        b"\x80\x05})" + b"\x85" * 900_000 + b"Ns.",  # a deep key: the end of the stack
+        b"\x80\x05})" + b"2\x86" * 40 + b"Ns.",  # a key of twice the same, and so on: hours
+    ],
+    ids=["memory", "stack", "time"],
+)
+def test_a_message_that_is_more_than_it_looks_costs_its_own_job(
+    connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any, hub: Any, body: bytes
+) -> None:
+    """For what unpickling it would take, see test_plain."""
+    jobs.silent = True
+    future = make(1, launch_retry=Retrying(stop=stop_after_attempt(1))).submit(int)
+    client, session = fake(connect, until(lambda: jobs.started[1:])[0])
+    client.send(hello(session))
+    session.push(CONTROL, 0, body)
+    while session.has_output:
+        client.send(joined(session))
+    assert "nobody understands" in str(future.exception(LIMIT).__cause__)
+    at_work()
+    assert hub().memory_info().rss < 200 << 20
 
 
 def test_one_job_cannot_speak_for_another(connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any) -> None:
