@@ -71,6 +71,17 @@ def job_of(process: subprocess.Popen[str]) -> str:
     raise AssertionError("it has ended")
 
 
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster of the settings is one where nobody listens."""
+    text = Path(require_kubernetes()).read_text().replace(f"{cluster.ADDRESS}:6443", "127.0.0.1:1")
+    (tmp_path / "kubeconfig").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setenv("FIBEREXEC_BACKEND", "kubernetes")
+    monkeypatch.setenv("FIBEREXEC_IMAGE", "not.asked.for:1")
+    monkeypatch.chdir(tmp_path)
+
+
 def rows() -> dict[str, dict[str, Any]]:
     answer = told("ps", "--backend", "kubernetes")
     assert answer["problems"] == []
@@ -146,7 +157,10 @@ def test_doctor_names_the_way_by_which_pods_reach_the_driver(
     address: str, way: str, space: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(monkeypatch, space, advertise_address=address)
-    found = findings(exit_code=0)
+    command = [sys.executable, "-m", "fiberexec", "doctor", "--json"]  # what it makes goes with its process
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 0, found
     expected = {"kubernetes", "image", "image's fiberexec", "route", "clock", "link", "task"}
     assert expected <= set(found)
     assert all(found[name]["status"] == "ok" for name in expected), found
@@ -155,12 +169,12 @@ def test_doctor_names_the_way_by_which_pods_reach_the_driver(
     until(lambda: not left & set(rows()))
 
 
-def test_doctor_says_what_is_wrong_with_a_cluster_that_does_not_answer(
-    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = Path(require_kubernetes()).read_text().replace(f"{cluster.ADDRESS}:6443", "127.0.0.1:1")
-    (tmp_path / "kubeconfig").write_text(text)
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+def test_ps_says_why_a_cluster_does_not_answer(nowhere: None) -> None:
+    (problem,) = told("ps", "--backend", "kubernetes", exit_code=1)["problems"]
+    assert "127.0.0.1:1" in problem["problem"] and "kubectl" in problem["problem"]
+
+
+def test_doctor_says_what_is_wrong_with_a_cluster_that_does_not_answer(nowhere: None) -> None:
     found = findings(exit_code=1)
     assert found["kubernetes"]["status"] == "broken" and "127.0.0.1:1" in found["kubernetes"]["found"]
     assert "kubectl" in found["kubernetes"]["found"]

@@ -29,12 +29,12 @@ class Reader:
         """Where the API has objects of a kind, or one of them."""
         return f"/api/v1/namespaces/{self.namespace()}/{kind}{'/' if name else ''}{name}"
 
-    def pods(self, selector: str) -> list[dict[str, Any]]:
-        """All pods with these labels."""
+    def pods(self, selector: str, patience: float | None = None) -> list[dict[str, Any]]:
+        """All pods with these labels. ``patience``: see Api.call()."""
         query: dict[str, Any] = {"labelSelector": selector, "limit": PAGE}
         found: list[dict[str, Any]] = []
         while True:
-            page = self._api.call("GET", self.path(), query)
+            page = self._api.call("GET", self.path(), query, patience=patience)
             found += page["items"]
             query["continue"] = page["metadata"].get("continue")
             if not query["continue"]:

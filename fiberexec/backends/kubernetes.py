@@ -37,6 +37,7 @@ from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
 _STARTS = 10  # pods that are created at once
 _WORKERS = 8  # where the user does not say how many
 _GRACE = 1  # seconds: with 0 the object would go at once, and its processes live on
+_ASKED = 5.0  # seconds for which who asks what there is waits for a server that is busy or away
 _LINGER = 5.0  # seconds that processes of a pod may live whose object somebody has removed by force
 _SOON = 0.1  # seconds until what has happened is looked at
 _LOOK = 5.0  # seconds between looks at the events of a pod that does not start
@@ -360,7 +361,7 @@ class KubernetesBackend:
     def list(self) -> list[dict[str, Any]]:
         """Every pod of fiberexec in the namespace."""
         try:
-            return [described(pod) for pod in self._reader.pods("fiberexec.job")]
+            return [described(pod) for pod in self._reader.pods("fiberexec.job", _ASKED)]
         except Exception as error:
             raise self._failed(error, "listing pods") from error
 
