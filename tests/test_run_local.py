@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import DEADLINE, WAITS, Runner
+
+from fiberexec._cli.run_attach import attached
+from fiberexec._cli.run_base import Fate
 
 PYTHON = sys.executable
 
@@ -103,6 +109,45 @@ def test_a_signal_is_passed_on(fx: Runner) -> None:
     command.expect("up")
     command.process.send_signal(signal.SIGTERM)
     command.end(128 + 15)
+
+
+class Waiting:
+    """A program that ends when it gets a signal."""
+
+    def __init__(self) -> None:
+        self.followed, self.signals = threading.Event(), queue.SimpleQueue[int]()
+
+    def follow(self, name: str, put: Any) -> Fate:
+        self.followed.set()
+        return Fate(128 + self.signals.get(timeout=DEADLINE))
+
+    def signal(self, name: str, number: int) -> None:
+        self.signals.put(number)
+
+
+def test_a_signal_that_wakes_nobody_is_passed_on() -> None:
+    """So it is with one that comes just before this thread begins to wait; here another thread takes it."""
+    place: Any = Waiting()
+
+    this = threading.get_ident()
+
+    def send() -> None:
+        place.followed.wait(DEADLINE)
+        same, last = 0, 0
+        while same < 20:  # it waits
+            time.sleep(0.005)
+            now = sys._current_frames()[this].f_lasti
+            same, last = (same + 1 if now == last else 0), now
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    other = threading.Thread(target=send)
+    other.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        assert attached(place, "waits") == 128 + signal.SIGTERM
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        other.join()
 
 
 def test_ctrl_c_asks_and_detaching_leaves_the_program_to_be_attached_again(fx: Runner) -> None:

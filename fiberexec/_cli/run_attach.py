@@ -19,6 +19,7 @@ from fiberexec._cli.show import note
 from fiberexec._errors import FiberError
 
 _AHEAD = 64  # pieces of output that are read before they are printed
+_GLANCE = 0.2  # seconds after which a signal is seen that came just before this thread began to wait
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -47,7 +48,10 @@ class _Session:
     def run(self) -> int | None:
         threading.Thread(target=self._follow, name="fiberexec-follow", daemon=True).start()
         while True:
-            what, value = self._queue.get()
+            try:
+                what, value = self._queue.get(timeout=_GLANCE)
+            except queue.Empty:
+                continue
             if what == "output":
                 self._room.release()
                 self._write(*value)

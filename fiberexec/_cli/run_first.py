@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from typing import Any
 
 SPEC = "run.json"
@@ -59,33 +60,25 @@ def _told(path: str) -> dict[str, Any]:
 def _run(spec: dict[str, Any]) -> int:
     command = spec["command"]
     alone = os.getpid() == 1
-    pending: list[int] = []
-    child = 0
-
-    def passed_on(number: int, _frame: object) -> None:
-        if not child:
-            pending.append(number)
-            return
-        try:
-            os.killpg(child, number)
-        except ProcessLookupError:
-            pass
-
-    for name in _PASSED_ON:
-        signal.signal(getattr(signal, name), passed_on)
+    # They are waited for, not handled: a handler would not run if its signal came just before this process began to wait.
+    numbers = {signal.SIGCHLD, *(getattr(signal, name) for name in _PASSED_ON)}
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # the first process of a container gets none that it does not handle
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         if spec.get("folder"):
             os.chdir(spec["folder"])
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, env={**os.environ, **spec["env"]}, start_new_session=True, restore_signals=True
+            command,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **spec["env"]},
+            start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers),
         )
     except OSError as error:
         print(f"fiberexec run: {error.filename or command[0]}: {error.strerror}", file=sys.stderr)
         return 126 if isinstance(error, PermissionError) else 127
-    child = process.pid
-    for number in pending:
-        passed_on(number, None)
-    status = _ended(child)
+    status = _ended(process.pid, numbers)
     process.returncode = 0  # it has been waited for
     if alone:
         _linger()
@@ -93,12 +86,24 @@ def _run(spec: dict[str, Any]) -> int:
     return 128 - code if code < 0 else code
 
 
-def _ended(child: int) -> int:
-    """The status of a child that has ended. What others leave to the first process of a container is reaped meanwhile."""
+def _ended(child: int, numbers: Collection[int]) -> int:
+    """The status of a child that has ended; until then signals are passed on.
+
+    What others leave to the first process of a container is reaped meanwhile.
+    """
     while True:
-        pid, status = os.waitpid(-1, 0)
-        if pid == child:
-            return status
+        number = signal.sigwait(numbers)
+        if number != signal.SIGCHLD:
+            try:
+                os.killpg(child, number)
+            except ProcessLookupError:
+                pass
+            continue
+        pid = -1
+        while pid:  # several may have ended, and this one always has children until it returns
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == child:
+                return status
 
 
 def _linger() -> None:
