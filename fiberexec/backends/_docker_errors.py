@@ -13,11 +13,12 @@ from typing import Any
 from fiberexec._errors import LaunchError
 from fiberexec.backends._image_errors import no_interpreter
 
+FULL = "no space left on device"
+MAKE_ROOM = "make room on the engine's disk: docker system df shows what takes it, docker system prune frees some"
 # What the engine says, whether trying again is pointless, and what to do. The first that matches holds. "{...}" stands
 # for what is known of the container.
 _RULES: tuple[tuple[str, bool, str], ...] = (
-    (r"no space left on device", True,
-     "make room on the engine's disk: docker system df shows what takes it, docker system prune frees some"),
+    (FULL, True, MAKE_ROOM),
     (r"could not select device driver|nvidia-container|unresolvable CDI", True,
      "the engine's host needs the NVIDIA Container Toolkit for gpu=; `docker run --rm --gpus all IMAGE nvidia-smi` tries it"),
     (r"bind source path does not exist", True,

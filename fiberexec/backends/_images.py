@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 
 import fiberexec
 from fiberexec._errors import ConfigError, LaunchError
+from fiberexec.backends._docker_errors import FULL, MAKE_ROOM
 from fiberexec.backends._image_errors import dockerfile_line
 
 NEEDS = (
@@ -317,6 +318,8 @@ def _follow(answers: Iterable[Mapping[str, Any]], tag: str, recipe: Recipe, said
         remedy = f"correct {recipe.source}"
         if "buildkit" in error.lower():
             remedy = f"build it with BuildKit (docker build -t NAME {recipe.folder}) and give image='NAME'"
+        elif FULL in error.lower():
+            remedy = MAKE_ROOM
         text = "\n".join(f"    {line}" for line in lines)
         raise LaunchError(
             f"Docker: building image {tag} failed: {error}. What to do: {remedy}. Its last lines:\n{text}", final=True

@@ -78,8 +78,13 @@ def docker(*arguments: str) -> str:
 class Engine:
     """A Docker engine of the tests' own, with one image."""
 
-    def __init__(self, folder: Path, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, arguments: tuple[str, ...] = (), disk: int | None = None) -> None:
+        """``disk``: how large its own is, in bytes."""
         self.folder = folder
+        if disk is not None:
+            (folder / "d").mkdir()
+            options = f"size={disk},mode=711"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", f"{folder}/d"], check=True, timeout=30)
         self._arguments = arguments
         self.url = f"unix://{folder}/docker.sock"
         self._bridge = f"fxd{os.getpid()}"
@@ -157,12 +162,13 @@ class Engine:
 
 
 @contextmanager
-def bare_engine(*arguments: str) -> Iterator[Engine]:
+def bare_engine(*arguments: str, disk: int | None = None) -> Iterator[Engine]:
     """An engine of the tests' own that has the image of which services.bare_image() is the name."""
     image = services.bare_image()
     if os.geteuid() != 0 or not all(map(shutil.which, ("dockerd", "containerd"))):
         pytest.skip("only root can start a Docker engine of the tests' own, with dockerd and containerd")
-    engine = Engine(Path(tempfile.mkdtemp(prefix="fx", dir="/var/tmp")), arguments)  # overlayfs does not work on overlayfs
+    folder = Path(tempfile.mkdtemp(prefix="fx", dir="/var/tmp"))  # overlayfs does not work on overlayfs
+    engine = Engine(folder, arguments, disk)
     try:
         engine.up()
         engine.load(image)
