@@ -53,6 +53,7 @@ class Link:
         self._warned: set[str] = set()
         self._low: list[int] = []
         self._over = False
+        self._known: bool = told["known"]  # the server has answered: if it does not now, it may again
         self._tunnel = _tunnel.InnerEnd(os.urandom(KEY_SIZE), told["port"], self._connect)
         self._tunnel.beat = _tunnel.beat(told["timeout"])
 
@@ -80,7 +81,7 @@ class Link:
         except Gone as error:
             _say({"failed": f"Kubernetes: {error}", "final": False})
         except (ApiError, Setup, LaunchError) as error:
-            failed = errors.explained(error, doing, self._namespace)
+            failed = self._failed(error, doing)
             _say({"failed": str(failed), "final": failed.final})
         finally:
             if made:
@@ -88,6 +89,9 @@ class Link:
 
     def _end(self) -> None:
         self._over = True
+
+    def _failed(self, error: Exception, doing: str) -> LaunchError:
+        return errors.explained(error, doing, self._namespace, new=not self._known)
 
     # -- the Job
 
@@ -98,6 +102,7 @@ class Link:
             if error.reason != "AlreadyExists":
                 raise
             found = self._api.call("GET", f"{self._jobs}/{self._name}")  # the answer to an earlier attempt was lost
+        self._known = True
         since = time.monotonic()
         while True:
             pod = self._look()
@@ -153,7 +158,7 @@ class Link:
             self._api.call("DELETE", f"{self._jobs}/{self._name}", body={"propagationPolicy": "Background"}, patience=CONNECT)
         except (ApiError, Setup) as error:
             if not (isinstance(error, ApiError) and error.status == 404):
-                print(f"fiberexec: {errors.explained(error, f'removing {self._name}', self._namespace)}", file=sys.stderr)
+                print(f"fiberexec: {self._failed(error, f'removing {self._name}')}", file=sys.stderr)
 
     # -- the stream
 

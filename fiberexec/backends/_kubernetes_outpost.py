@@ -74,7 +74,8 @@ class Way:
                 name = f"{program}-outpost-{os.urandom(2).hex()}"
                 body = job(self._maker.pod(name, program, ["python"]), self._told[1])
                 try:
-                    self._outpost = Outpost(body, self._reader.namespace(), port, *self._told, self._warn)
+                    known = bool(self._made)
+                    self._outpost = Outpost(body, self._reader.namespace(), port, *self._told, known, self._warn)
                 except LaunchError as error:
                     self._failed = time.monotonic(), error
                     if error.final:
@@ -116,15 +117,19 @@ class Outpost:
         context: str | None,
         timeout: float,
         patience: float,
+        known: bool,
         warn: Callable[[str], None],
     ) -> None:
-        """``body``: of the Job; ``port``: of the hub here; ``timeout``: driver_timeout; ``warn``: is told why it waits."""
+        """``body``: of the Job; ``port``: of the hub here; ``timeout``: driver_timeout; ``known``: whether the API server has
+        ever answered; ``warn``: is told why it takes long.
+        """
         told = {
             "job": body,
             "context": context,
             "namespace": namespace,
             "port": port,
             "timeout": timeout,
+            "known": known,
             "deadline": time.monotonic() + patience,  # the clock is the host's
             "parent": os.getpid(),
             "path": [folder for folder in sys.path if folder],

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import services
 
+from fiberexec.backends._kubernetes_api import ApiError
+from fiberexec.backends._kubernetes_link import Link
+
 from .conftest import apply, eventually, kubectl
 from .outside import Outside, left
 
@@ -120,3 +123,28 @@ def test_who_lacks_a_right_is_told_which(
     assert f"{missing} in namespace {own_space}" in said and "pods/portforward], verbs: [create, get]" in said
     assert driver.end() == 0
     eventually(lambda: left(own_space) == [])
+
+
+def test_a_server_that_goes_away_while_an_outpost_starts_may_answer_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "namespace": "here",
+        "job": {"metadata": {"name": "it"}},
+        "context": None,
+        "port": 1,
+        "timeout": 60.0,
+        "known": False,
+    }
+    link = Link(told)
+    away = ApiError(0, "", "no route to host", "https://somewhere")
+    assert link._failed(away, "making it").final  # it may be a wrong address
+
+    def call(method: str, *_: Any, **__: Any) -> Any:
+        if method == "POST":
+            return {}
+        raise away
+
+    monkeypatch.setattr(link._api, "call", call)
+    with pytest.raises(ApiError):
+        link._make()
+    assert not link._failed(away, "making it").final
+    assert not Link({**told, "known": True})._failed(away, "making it").final  # not the first outpost
