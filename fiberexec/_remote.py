@@ -64,7 +64,6 @@ class RemoteBackend:
         self.idle_timeout = jobs.idle_timeout
         if settings.ship:
             _bundle.check_ship(settings.ship)
-        self._given = Resources(settings.cpu or 0, settings.memory or 0, settings.gpu or 0)
         self._ship = settings.ship
         self._settings = plain(settings)
         self._workers_per_job = settings.workers_per_job
@@ -185,7 +184,7 @@ class RemoteBackend:
         if verb != "probed":
             self._starting.pop(worker, None)
         if verb == "started":
-            pid, host, job, _, _, _, _, size, devices = rest
+            pid, host, job, _, _, _, _, _, devices = rest
             assert self._hub is not None
             try:
                 connection = client.attach(self._hub, ("attach", self._fleet, (worker,)))
@@ -196,7 +195,9 @@ class RemoteBackend:
                 self._refuse(worker, error, False)
                 return
             self._workers[worker] = True
-            has = self._capacity(Resources(*size))
+            # Not what it says that it has: that is less where its limit is no whole number of cores or pages, or its host is
+            # smaller than this one, and tasks that were promised more would wait for ever.
+            has = self.largest.capacity
             pool = Pool(job, has, tuple(devices or self.largest.devices)[: has.gpu])
             self._found.append(Started(worker, pid, host, connection, pool, job))
         elif verb == "refused":
@@ -227,19 +228,6 @@ class RemoteBackend:
             import logging
 
             logging.getLogger("fiberexec").warning("%s: %s", self.name, said)
-
-    def _capacity(self, said: Resources) -> Resources:
-        """What a job has: what was asked for, or of what was not what it says itself.
-
-        A job says less than it was given where its limit is no whole number of cores, or of pages: a task that asks for all of
-        that would wait for ever.
-        """
-        given, most = self._given, self.largest.capacity
-        return Resources(
-            given.cpu or min(said.cpu, most.cpu),
-            given.memory or min(said.memory, most.memory),
-            given.gpu or min(said.gpu, most.gpu),
-        )
 
     def _refuse(self, worker: int, error: BaseException, final: bool) -> None:
         self._starting.pop(worker, None)

@@ -11,7 +11,7 @@ import pytest
 import services
 
 import fiberexec
-from fiberexec import FiberExecutor, mp
+from fiberexec import FiberExecutor, _platform, mp
 from fiberexec.mp import _jobs
 
 docker = pytest.importorskip("docker")
@@ -89,3 +89,10 @@ def test_a_task_may_ask_for_all_that_its_job_was_made_with(size: dict[str, Any])
         assert executor.options(**size).submit(abs, -1).result(LIMIT) == 1
     with mp.Pool(1) as pool:
         assert pool.map_async(fiberexec.meta(**size)(functools.partial(abs)), [-1, -2]).get(LIMIT) == [1, 2]
+
+
+def test_a_task_that_asks_for_more_than_its_container_may_use_still_runs() -> None:
+    """Where the user says nothing of a job's size, what this host has was promised to it."""
+    here = _platform.cpu_count()
+    with FiberExecutor(1, backend_options={"cpuset_cpus": "0"}) as executor:
+        assert executor.options(cpu=here).submit(abs, -1).result(LIMIT) == 1
