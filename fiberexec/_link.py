@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +25,7 @@ from fiberexec._stream import Buffer
 
 MAX_MESSAGE = 4 << 20  # bytes: what is longer is refused before it is read
 _RECEIVING = 4  # exchanges that wait for a request
+_UNREAD = 64  # answers on the way by one connection: an agent has only a few requests at once
 _RECONNECT = 100, 2000  # milliseconds between attempts, at first and at most
 
 # nng hands every step of a connection to another of its threads. The more there are, the more often one wakes up for what
@@ -150,6 +151,7 @@ class Listener(_End):
         self._names: dict[int, str] = {}  # by the connection's id
         self._spare: list[Exchange] = []
         self._sending: dict[Exchange, None] = {}
+        self._unread: Counter[int] = Counter()  # of these, by connection
         self._receiving = 0
         self._listen()
 
@@ -161,6 +163,9 @@ class Listener(_End):
             exchange = self._finished.popleft()
             if exchange in self._sending:
                 del self._sending[exchange]
+                self._unread[exchange.pipe] -= 1
+                if not self._unread[exchange.pipe]:
+                    del self._unread[exchange.pipe]
                 exchange.failed()
                 self._spare.append(exchange)
                 continue
@@ -176,9 +181,12 @@ class Listener(_End):
         return found
 
     def answer(self, exchange: Exchange, parts: Sequence[Buffer]) -> None:
-        """Answer a request; an exchange is answered once."""
+        """Answer a request; an exchange is answered once. Who asks and asks, and reads no answer, loses his connection."""
         self._sending[exchange] = None
+        self._unread[exchange.pipe] += 1
         exchange.send(parts)
+        if self._unread[exchange.pipe] > _UNREAD:
+            self.drop(exchange.pipe)
 
     def refuse(self, exchange: Exchange) -> None:
         """Close the connection by which a request came."""

@@ -6,7 +6,9 @@ import datetime
 import os
 import pickle
 import random
+import socket
 import ssl
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -420,3 +422,22 @@ def test_connections_that_say_nothing_hold_nobody_up(connect: Any, target: Any, 
     for _ in range(200 if FULL else 50):
         connect(target["hub"][0], target["ca"], tls=False, hello=None)
     at_work()
+
+
+def test_answers_that_nobody_reads_are_not_kept(
+    connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any, hub: Any
+) -> None:
+    """Who asks and asks, and reads no answer, loses his connection before that is much memory."""
+    jobs.silent = True
+    make(1, driver_timeout=1).submit(int)
+    client, session = fake(connect, until(lambda: jobs.started[1:])[0])
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.send(hello(session))
+    body = joined(session)
+    question = struct.pack(">QI", 4 + len(body), 0x80000001) + body
+    before = hub().memory_info().rss
+    with pytest.raises(OSError):
+        for _ in range(1000):
+            client.sock.sendall(question * 500)
+    at_work()
+    assert hub().memory_info().rss < before + (30 << 20)
