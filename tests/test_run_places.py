@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import clusters
@@ -29,6 +29,7 @@ class Place:
     backend: str
     fx: Runner
     python: str = "python3"
+    names: list[str] = field(default_factory=list)  # of programs that may still run
 
     def run(self, *arguments: str, code: int) -> tuple[str, str]:
         """(stdout, stderr) of a program that has this exit code."""
@@ -37,16 +38,22 @@ class Place:
 
     def begin(self, *arguments: str, terminal: bool = False) -> Running:
         """Start what waits, and wait until it does."""
-        command = self.fx.begin("run", "--backend", self.backend, *arguments, self.python, "waits.py", terminal=terminal)
+        name = () if "--name" in arguments else ("--name", self.new_name())
+        options = "--backend", self.backend, *name, *arguments
+        command = self.fx.begin("run", *options, self.python, "waits.py", terminal=terminal)
         command.expect("up")
         return command
 
     def detach(self, *arguments: str) -> str:
         """Start it without staying; its name."""
-        name = f"place-{os.getpid()}-{next(_numbers)}"
+        name = self.new_name()
         out, _ = self.run("--detach", "--name", name, *arguments, code=0)
         assert out == f"{name}\n"
         return name
+
+    def new_name(self) -> str:
+        self.names.append(f"place-{os.getpid()}-{next(_numbers)}")
+        return self.names[-1]
 
     def ask(self, command: str, *arguments: str, code: int = 0) -> str:
         done = self.fx(command, "--backend", self.backend, *arguments, code=code)
@@ -78,11 +85,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         found.fx.env["FIBEREXEC_BACKEND"] = "kubernetes"
         found.fx.env["FIBEREXEC_BACKEND_OPTIONS"] = json.dumps({"namespace": request.getfixturevalue("space")})
     found.fx.program("waits.py", WAITS)
-    before = set(found.states())
     yield found
-    for name in set(found.states()) - before:
-        if name.startswith(("place-", "waits-")):
-            found.fx("kill", "--backend", found.backend, name)
+    for name in set(found.states()).intersection(found.names) if found.names else ():
+        found.fx("kill", "--backend", found.backend, name)
 
 
 def test_output_and_exit_code_come_here_and_arguments_go_there(place: Place) -> None:
@@ -149,7 +154,7 @@ def test_a_signal_is_passed_on(place: Place) -> None:
 
 
 def test_ctrl_c_asks_once_and_a_program_that_is_left_can_be_attached_again(place: Place) -> None:
-    name = f"place-{os.getpid()}-{next(_numbers)}"
+    name = place.new_name()
     command = place.begin("--name", name, terminal=True)
     command.interrupt()
     command.expect(r"\[d/s\]", error=True)
@@ -176,7 +181,7 @@ def test_the_second_ctrl_c_kills_a_program_that_does_not_stop(place: Place) -> N
 
 
 def test_a_terminal_that_goes_leaves_the_program_running(place: Place) -> None:
-    name = f"place-{os.getpid()}-{next(_numbers)}"
+    name = place.new_name()
     command = place.begin("--name", name)
     command.process.send_signal(signal.SIGHUP)
     command.end(0)
