@@ -85,6 +85,7 @@ def test_finally_blocks_and_context_managers_run(executor: FiberExecutor, board:
         finally:
             board.post("cleaned up")
 
+    assert executor.submit(callable, hold).result(LIMIT)  # the worker has loaded this module, which may take its time
     assert isinstance(executor.options(timeout=KEPT).submit(stoppable).exception(LIMIT), TaskTimeout)
     assert board.read("cleaned up") == [None]
 
