@@ -118,7 +118,7 @@ def test_a_certificate_that_names_its_owner_elsewhere_than_in_its_name(
 ) -> None:
     """The certificate of another living job, whose holder begins as the first job's agent would: it is that other job's."""
     jobs.silent = True
-    future = make(1).submit(int)
+    future = make(1, driver_timeout=5).submit(int)
     other = until(lambda: jobs.started[1:])[0]
     claimed = {**target, "certificate": other["certificate"], "key": other["key"]}
     client, session = fake(connect, claimed)
