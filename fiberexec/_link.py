@@ -149,6 +149,7 @@ class Listener(_End):
         pynng.exceptions.check_err(lib.nng_listener_get_int(listener.listener, b"tcp-bound-port", port))
         self.port = int(port[0])
         self._names: dict[int, str] = {}  # by the connection's id
+        self._silent: set[int] = set()  # connections that had said nothing when it was looked
         self._spare: list[Exchange] = []
         self._sending: dict[Exchange, None] = {}
         self._unread: Counter[int] = Counter()  # of these, by connection
@@ -199,6 +200,13 @@ class Listener(_End):
         which[0].id = pipe
         lib.nng_pipe_close(which[0])
         self._names.pop(pipe, None)
+
+    def sweep(self) -> None:
+        """Close the connections that have said nothing, now and at the last call of this: most of their peers have gone."""
+        silent = set(self._socket._pipes) - self._names.keys()
+        for pipe in silent & self._silent:
+            self.drop(pipe)
+        self._silent = silent
 
     def _listen(self) -> None:
         while self._receiving < _RECEIVING:

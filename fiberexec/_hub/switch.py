@@ -17,6 +17,7 @@ import resource
 import sys
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 BEATS = 10  # answers in driver_timeout, whatever there is to say
 LONGEST_PAUSE = 2.0  # seconds between them
 MARGIN = 5.0  # seconds beyond driver_timeout
+SILENCE = 10.0  # seconds after which, at most twice, a connection that has said nothing is closed
 _SHARE = 8  # a channel takes two descriptors: no job has more than a quarter of all
 
 
@@ -176,7 +178,13 @@ class Switch:
 
             listener = self._listeners[host, ca] = Listener(host, ca, certificate, key)
             self.hub.follow(listener.fileno(), IN, lambda events: self._hear(listener))
+            self._sweep(listener)
         return listener.port
+
+    def _sweep(self, listener: Listener) -> None:
+        """Again and again: nng does not notice all that have gone. An agent speaks as soon as it is connected."""
+        listener.sweep()
+        self.hub.at(monotonic() + SILENCE, Timer(partial(self._sweep, listener)))
 
     def _hear(self, listener: Any) -> None:
         for exchange, data in listener.received():

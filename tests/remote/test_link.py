@@ -441,3 +441,12 @@ def test_answers_that_nobody_reads_are_not_kept(
             client.sock.sendall(question * 500)
     at_work()
     assert hub().memory_info().rss < before + (30 << 20)
+
+
+def test_a_connection_that_says_nothing_is_closed(connect: Any, target: Any, at_work: Any) -> None:
+    """nng keeps many of those whose peers have gone before they said anything."""
+    client = connect(target["hub"][0], target["ca"], target["certificate"], target["key"])
+    assert client.greet()
+    client.sock.settimeout(LIMIT)
+    assert client.is_closed()
+    at_work()
