@@ -291,9 +291,8 @@ def _take(hub: Address) -> _Channel:
 
 
 def _give_back(channel: _Channel) -> None:
-    if channel in _channels:
-        _idle.setdefault(channel.hub.token, []).append(channel)
-    else:
+    _idle.setdefault(channel.hub.token, []).append(channel)
+    if channel not in _channels:
         channel.close()  # the hub has been closed meanwhile
 
 
@@ -369,15 +368,16 @@ def goodbye() -> None:
 
 def _disconnect() -> None:
     """Let go of all hubs. Who waits for one, or for its events, hears that it has gone, and closes his connection himself."""
-    for channel in list(_channels):
+    channels = list(_channels)
+    _channels.clear()  # first: who gives one back from now on closes it
+    for channel in channels:
         channel.shutdown()
-    for channel in [*itertools.chain(*_idle.values()), *_interrupted]:
-        channel.close()
     _forget()
 
 
 def _forget() -> None:
-    _channels.clear()
+    for channel in [*itertools.chain(*_idle.values()), *_interrupted]:
+        channel.close()
     _idle.clear()
     _interrupted.clear()
     _later.clear()

@@ -158,6 +158,32 @@ def test_close_removes_everything_and_another_hub_can_follow() -> None:
     assert running() != first
 
 
+@pytest.mark.parametrize("attempt", range(5))
+def test_who_asks_while_the_hub_is_closed_hears_so_and_leaves_no_connection(attempt: int) -> None:
+    hub = running()
+    answered = threading.Semaphore(0)
+    heard: list[HubLost] = []
+
+    def ask() -> None:
+        try:
+            while True:
+                client.call("ping", wire.HUB, hub=hub)
+                answered.release()
+        except HubLost as error:
+            heard.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert answered.acquire(timeout=LIMIT)
+    kept = client._take(hub)
+    launch.close()
+    client._give_back(kept)
+    for thread in threads:
+        thread.join(LIMIT)
+    assert len(heard) == 4 and kept.stream.fileno() == -1
+
+
 SCRIPT = """
     import os, signal, sys, time
     from fiberexec import mp

@@ -233,3 +233,28 @@ def stopped() -> Iterator[Callable[[int], None]]:
             os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
             pass
+
+
+@pytest.fixture
+def target(make: Any, jobs: Any) -> Any:
+    """A program with an agent at work: its credentials."""
+    executor = make(1, driver_timeout=30)
+    assert executor.submit(pow, 2, 5).result(LIMIT) == 32
+    told = jobs.started[0]
+    told["executor"] = executor
+    return told
+
+
+@pytest.fixture
+def at_work(target: Any, hub: Any, jobs: Any) -> Any:
+    """Call it when everything has been tried: the program goes on as before, with the same hub, agent and worker."""
+    executor = target["executor"]
+    before = hub().pid, [agent.pid for agent in jobs.agents()], executor.submit(os.getpid).result(LIMIT)
+
+    def check() -> None:
+        began = time.monotonic()
+        worker = executor.submit(os.getpid).result(LIMIT)
+        assert time.monotonic() - began < 5
+        assert (hub().pid, [agent.pid for agent in jobs.agents()], worker) == before
+
+    return check

@@ -1,6 +1,6 @@
 """What a hub makes of bytes that no agent sends: refused, or at the cost of nobody but the job whose key was used.
 
-Each message is taken to the hub's own code, without a network, so that a million of them take minutes; test_link.py sends
+Each message is taken to the hub's own code, without a network, so that a million of them take minutes; test_flood.py sends
 as many over the real link.
 """
 

@@ -3,75 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import os
 import pickle
-import random
-import socket
 import ssl
-import struct
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tenacity import Retrying, stop_after_attempt, wait_none
+from impostors import VERSION, Mine, fake, hello, joined, message
+from tenacity import Retrying, stop_after_attempt
 
-from fiberexec import FiberExecutor, LaunchError, _launcher, _tls
+from fiberexec import LaunchError, _launcher, _tls
 from fiberexec import _messages as messages
-from fiberexec._session import CONTROL, CREDIT, DATA, OPEN, Session
+from fiberexec._session import CONTROL, DATA
 from fiberexec._tls import Authority
 
 LIMIT = 30.0
-FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
-FRAMES = 1_000_000 if FULL else 2000
-VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
-
-
-class Mine:
-    """What would say that somebody has unpickled it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-def joined(session: Session) -> bytes:
-    return b"".join(session.take())
-
-
-def message(*control: Any, body: bytes | None = None) -> bytes:
-    session = Session(b"s" * 16)
-    session.push(CONTROL, 0, messages.encode(control) if body is None else body)
-    return joined(session)
-
-
-@pytest.fixture
-def target(make: Any, jobs: Any) -> Any:
-    """A program with an agent at work: its credentials."""
-    executor = make(1, driver_timeout=30)
-    assert executor.submit(pow, 2, 5).result(LIMIT) == 32
-    told = jobs.started[0]
-    told["executor"] = executor
-    return told
-
-
-@pytest.fixture
-def at_work(target: Any, hub: Any, jobs: Any) -> Any:
-    """Call it when everything has been tried: the program goes on as before, with the same hub, agent and worker."""
-    executor = target["executor"]
-    before = hub().pid, [agent.pid for agent in jobs.agents()], executor.submit(os.getpid).result(LIMIT)
-
-    def check() -> None:
-        began = time.monotonic()
-        worker = executor.submit(os.getpid).result(LIMIT)
-        assert time.monotonic() - began < 5
-        assert (hub().pid, [agent.pid for agent in jobs.agents()], worker) == before
-
-    return check
 
 
 def refused(connect: Callable[..., Any], target: Any, *args: Any, **options: Any) -> bool:
@@ -177,19 +125,6 @@ def test_nothing_is_unpickled_that_is_more_than_plain_data(
     at_work()
 
 
-def fake(connect: Any, told: Any) -> tuple[Any, Session]:
-    """An agent that is none, with a session."""
-    client = connect(told["hub"][0], told["ca"], told["certificate"], told["key"])
-    client.greet()
-    return client, Session(os.urandom(16))
-
-
-def hello(session: Session, version: int = messages.VERSION, python: str = VERSION) -> bytes:
-    said = "hello", version, python, 1, "elsewhere", (1.0, 1 << 30, 0), ()
-    session.push(CONTROL, 0, messages.encode(said))
-    return joined(session)
-
-
 @pytest.mark.parametrize(("version", "python"), [(99, VERSION), (messages.VERSION, "3.99")])
 def test_another_version_is_refused_by_name_and_with_a_remedy(
     connect: Any, make: Any, jobs: Any, until: Any, version: int, python: str
@@ -277,176 +212,3 @@ def test_late_results_of_a_job_that_was_given_up_are_refused(
     session.push(CONTROL, 0, messages.encode(("started", 1, 1, "late")))
     again.send(joined(session))
     assert again.is_closed() or again.receive() in (None, b"")
-
-
-def frames(chance: random.Random, valid: list[bytes]) -> bytes:
-    """Anything, or something that looks like the real thing."""
-    if chance.random() < 0.3:
-        return chance.randbytes(chance.choice([0, 1, 3, 48, 49, 200, 5000]))
-    data = bytearray(chance.choice(valid))
-    for _ in range(chance.randint(1, 4)):
-        place = chance.randrange(len(data))
-        how = chance.random()
-        if how < 0.6:
-            data[place] ^= chance.randint(1, 255)
-        elif how < 0.75:
-            del data[place:]
-            data += b"\0"
-        elif how < 0.9:
-            data[place:place] = chance.randbytes(8)
-        else:
-            data[place : place + 8] = b"\xff" * 8
-    return bytes(data)
-
-
-def test_bytes_at_random_before_the_handshake(connect: Any, target: Any, at_work: Any) -> None:
-    seed = int(time.time()) if FULL else 7
-    print("seed", seed)
-    chance = random.Random(seed)
-    client_hello = bytes.fromhex("16030100c8010000c40303") + chance.randbytes(200)
-    for _ in range(FRAMES // 40):
-        try:
-            client = connect(target["hub"][0], target["ca"], tls=False, hello=None)
-            client.sock.sendall(frames(chance, [client_hello, b"\0SP\0\0\x30\0\0" + bytes(40)]))
-            client.close()
-        except ConnectionError:
-            pass
-    at_work()
-
-
-class Impostors:
-    """Jobs without end, the test plays whose agents."""
-
-    def __init__(self, jobs: Any, until: Callable[..., Any]) -> None:
-        self._jobs, self._until = jobs, until
-        jobs.silent = True
-        self._used = len(jobs.started)
-        self._executor: FiberExecutor | None = None
-        self._ending: list[FiberExecutor] = []  # they wait for agents that were never there
-
-    def next(self) -> Any:
-        """The credentials of a job that has just been started: the last one has failed, or is given up now."""
-        deadline = time.monotonic() + 0.5
-        while len(self._jobs.started) <= self._used:
-            if self._executor is None or self._future.done() or time.monotonic() > deadline:
-                self._end()
-                again = Retrying(wait=wait_none())
-                self._executor = FiberExecutor(1, backend="agents", launch_retry=again, driver_timeout=30)
-                self._future = self._executor.submit(int)
-                self._until(lambda: len(self._jobs.started) > self._used, 120)
-            time.sleep(0.001)
-        self._used = len(self._jobs.started)
-        return self._jobs.started[-1]
-
-    def _end(self) -> None:
-        if self._executor is not None:
-            self._executor.kill_workers()
-            self._executor.shutdown(wait=False)
-            self._ending.append(self._executor)
-        while len(self._ending) > 20:
-            self._ending.pop(0).shutdown()
-
-    def close(self) -> None:
-        self._end()
-        for executor in self._ending:
-            executor.shutdown()
-
-
-@pytest.fixture
-def impostors(jobs: Any, until: Any, target: Any) -> Iterator[Impostors]:
-    made = Impostors(jobs, until)
-    yield made
-    made.close()
-
-
-@pytest.mark.timeout(36_000 if FULL else 120)
-@pytest.mark.filterwarnings("ignore:a worker could not be started")
-def test_mutated_frames_after_the_handshake(
-    connect: Any, target: Any, at_work: Any, impostors: Impostors, hub: Any, tmp_path: Path
-) -> None:
-    """Of somebody who has a certificate: each is refused, or costs nobody but his own job anything.
-
-    A million of them, or as many as can be sent in 20 minutes: each that is refused costs a handshake.
-    """
-    seed = int(time.time()) if FULL else 8
-    print("seed", seed)
-    chance = random.Random(seed)
-    until = time.monotonic() + 1200
-    path = tmp_path / "unpickled"
-    said = [("ended", 1, (0, "", "", False), 0), ("started", 1, 2, "x"), ("output", 1, b"x"), ("leaving",)]
-    client, greeted, connections, agents, number = None, 0, 0, 0, 0
-    while number < FRAMES and time.monotonic() < until:
-        number += 1
-        try:
-            if client is None:
-                if connections % 6 == 0:  # a job takes some connections of its agent
-                    mine, session, greeted = impostors.next(), Session(os.urandom(16)), 0
-                    agents += 1
-                client = connect(mine["hub"][0], mine["ca"], mine["certificate"], mine["key"])
-                connections += 1
-                client.sock.settimeout(5)
-                if chance.random() < 0.9:
-                    client.send(hello(session) if not greeted else joined(session))
-                    greeted = 1
-            if chance.random() < 0.7:  # the right session, the right number
-                session.push(CONTROL, 0, messages.encode(chance.choice(said)))
-                session.push(CONTROL, 0, pickle.dumps(("output", 1, Mine(path))))
-                session.push(chance.choice([DATA, OPEN, CREDIT]), chance.randrange(5), chance.randbytes(8))
-            valid = joined(session)
-            session.rewind()
-            client.send(frames(chance, [valid]), 1 << 60 if chance.random() < 0.003 else None)
-            if chance.random() < 0.05:
-                client.close()
-                client = None
-        except (OSError, ValueError):
-            if client is not None:
-                client.close()
-            client = None
-        if number % min(FRAMES // 4, 10_000) == 0:
-            at_work()
-    at_work()
-    print(f"{number} frames over {connections} connections of {agents} agents")
-    assert not path.exists() and agents > 1
-    assert hub().memory_info().rss < 200 << 20
-
-
-def test_a_message_longer_than_any_is_not_read(connect: Any, target: Any, at_work: Any, hub: Any) -> None:
-    client = connect(target["hub"][0], target["ca"], target["certificate"], target["key"])
-    client.send(b"x" * 1000, 1 << 40)
-    assert client.is_closed()
-    at_work()
-    assert hub().memory_info().rss < 200 << 20
-
-
-def test_connections_that_say_nothing_hold_nobody_up(connect: Any, target: Any, at_work: Any) -> None:
-    for _ in range(200 if FULL else 50):
-        connect(target["hub"][0], target["ca"], tls=False, hello=None)
-    at_work()
-
-
-def test_answers_that_nobody_reads_are_not_kept(
-    connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any, hub: Any
-) -> None:
-    """Who asks and asks, and reads no answer, loses his connection before that is much memory."""
-    jobs.silent = True
-    make(1, driver_timeout=1).submit(int)
-    client, session = fake(connect, until(lambda: jobs.started[1:])[0])
-    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.send(hello(session))
-    body = joined(session)
-    question = struct.pack(">QI", 4 + len(body), 0x80000001) + body
-    before = hub().memory_info().rss
-    with pytest.raises(OSError):
-        for _ in range(1000):
-            client.sock.sendall(question * 500)
-    at_work()
-    assert hub().memory_info().rss < before + (30 << 20)
-
-
-def test_a_connection_that_says_nothing_is_closed(connect: Any, target: Any, at_work: Any) -> None:
-    """nng keeps many of those whose peers have gone before they said anything."""
-    client = connect(target["hub"][0], target["ca"], target["certificate"], target["key"])
-    assert client.greet()
-    client.sock.settimeout(LIMIT)
-    assert client.is_closed()
-    at_work()

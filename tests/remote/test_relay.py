@@ -265,5 +265,3 @@ def test_packets_for_channels_that_have_ended_are_left_alone(wire: Wire) -> None
         wire.sides[0].relays.handle(Packet(kind, 77, b"x"))
     wire.sides[0].relays.handle(Packet(OPEN, 77, b""))
     assert wire.sides[0].opened == [77]
-
-
