@@ -32,7 +32,7 @@ NEEDS = (
     "click>=8.1",
     "cryptography>=42",
     "dill>=0.3.8",
-    "pynng>=0.8.1",
+    "pynng>=0.9",
     "tenacity>=9.0",
     'tomli>=2.0; python_version < "3.11"',
 )
