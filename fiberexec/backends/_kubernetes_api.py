@@ -76,9 +76,9 @@ class _Server:
         import fiberexec
 
         headers = {"Accept": "application/json", "User-Agent": f"fiberexec/{fiberexec.__version__}"}
-        token = self.configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
-        if token:
-            headers["Authorization"] = str(token)
+        bearer = self.configuration.auth_settings().get("BearerToken")
+        if bearer:
+            headers["Authorization"] = str(bearer["value"])
         elif self.configuration.username:
             headers["Authorization"] = self.configuration.get_basic_auth_token()
         return headers
