@@ -32,7 +32,7 @@ from fiberexec._hub.folder import place
 from fiberexec._hub.launch import ADDRESS, DOOR
 from fiberexec._inherited import JOB
 from fiberexec._relay import IN, Relays
-from fiberexec._session import ABANDONED, CONTROL, EXCHANGES, KEY_SIZE, PARKED, UNREACHABLE, Session
+from fiberexec._session import ABANDONED, CONTROL, EXCHANGES, KEY_SIZE, PARKED, UNREACHABLE, Session, decode, encode
 from fiberexec._stream import ProtocolError
 from fiberexec.backends.base import Ended, JobEvent, Probed, Recalled, Refused, Started
 from fiberexec.backends.local import LocalBackend
@@ -84,10 +84,9 @@ class Agent:
         self._follow_signals()
         self._pipes: set[int] = set()  # where workers' output comes from
         self._outputs = {1: self._capture(1), 2: self._capture(2)}  # where it went before, by descriptor
-        size = self._local.largest.capacity
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        devices = self._local.largest.devices
-        self._say("hello", messages.VERSION, version, os.getpid(), gethostname(), tuple(size), devices)
+        devices = ",".join(self._local.largest.devices)
+        self._say("hello", messages.VERSION, version, os.getpid(), gethostname(), devices)
 
     # -- the loop
 
@@ -197,7 +196,7 @@ class Agent:
                     os.write(before, data)
                 except OSError:
                     pass
-            self._say("output", fd, data)
+            self._say("output", fd, data.decode("latin-1"))
 
         def resume() -> None:
             self.follow(read, IN, pass_on)
@@ -248,7 +247,7 @@ class Agent:
                 self._met = True
                 for packet in packets:
                     if packet.kind == CONTROL:
-                        self._obey(*messages.decode(bytes(packet.data)))
+                        self._obey(*decode(packet.data))
                     else:
                         self._relays.handle(packet)
             except (ProtocolError, TypeError, ValueError) as error:
@@ -260,7 +259,7 @@ class Agent:
                 resume()
 
     def _say(self, *message: object) -> None:
-        self._session.push(CONTROL, 0, messages.encode(message))
+        self._session.push(CONTROL, 0, encode(*message))
 
     def _obey(self, verb: str, *args: Any) -> None:
         if verb == "launch":
@@ -289,14 +288,14 @@ class Agent:
         elif isinstance(event, Ended):
             self._running -= 1
             channel = self._relays.channels.get(self._channels.pop(event.worker, 0))
-            told = "ended", event.worker, tuple(event.exit), event.running
+            told = "ended", event.worker, event.exit, event.running
             if channel is None:
                 self._say(*told)
             else:
                 channel.at_close = lambda: self._say(*told)
                 channel.finish()
         elif isinstance(event, Probed):
-            self._say("probed", event.worker, tuple(event.cell))
+            self._say("probed", event.worker, event.cell)
         elif isinstance(event, Recalled):
             self._say("recalled", event.worker, event.number, event.claimed)
 

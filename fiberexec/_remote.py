@@ -184,7 +184,7 @@ class RemoteBackend:
         if verb != "probed":
             self._starting.pop(worker, None)
         if verb == "started":
-            pid, host, job, _, _, _, _, _, devices = rest
+            pid, host, job, devices = rest
             assert self._hub is not None
             try:
                 connection = client.attach(self._hub, ("attach", self._fleet, (worker,)))
@@ -198,7 +198,7 @@ class RemoteBackend:
             # Not what it says that it has: that is less where its limit is no whole number of cores or pages, or its host is
             # smaller than this one, and tasks that were promised more would wait for ever.
             has = self.largest.capacity
-            pool = Pool(job, has, tuple(devices or self.largest.devices)[: has.gpu])
+            pool = Pool(job, has, tuple(devices.split(",") if devices else self.largest.devices)[: has.gpu])
             self._found.append(Started(worker, pid, host, connection, pool, job))
         elif verb == "refused":
             self._refuse(worker, LaunchError(rest[0], final=rest[1]), rest[1])

@@ -6,9 +6,10 @@ not arrived is kept, and sent again after rewind(). Pure: no sockets, no clock.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fiberexec._stream import Buffer, ProtocolError
 
@@ -22,10 +23,11 @@ _HEADER = struct.Struct("<4s16sQQQI")  # magic | session | stamp | acknowledged 
 _PACKET = struct.Struct("<IBQ")  # bytes of data | kind | channel
 KEY_SIZE = 16
 _AHEAD = 1 << 16  # packets may come so long before their turn
+_LONGEST = 1 << 20  # bytes of what one side's logic may say at once
 _AHEAD_BYTES = 16 * MESSAGE_BYTES  # ... of which so much is kept: twice of what is on the way at once
 
 # Kinds of packets.
-CONTROL = 0  # a message from one side's logic to the other's, see _messages.encode
+CONTROL = 0  # a message from one side's logic to the other's, see encode()
 DATA = 1  # bytes of a channel
 CREDIT = 2  # so many more bytes (u64) may come on this channel
 CLOSE = 3  # the channel has ended
@@ -153,3 +155,21 @@ def read_header(message: bytes) -> tuple[bytes, int, int, int, int]:
     if count > len(message):
         raise ProtocolError("a message claims more packets than it can hold")
     return key, stamp, acknowledged, number, count
+
+
+def encode(*message: object) -> bytes:
+    """The data of a CONTROL packet that says ``message``: JSON, which gives its reader values of its size, no more."""
+    return json.dumps(message).encode()
+
+
+def decode(data: Buffer) -> list[Any]:
+    """What a CONTROL packet says, lists where there were tuples. Raises ProtocolError."""
+    if len(data) > _LONGEST:
+        raise ProtocolError(f"a message of {len(data)} bytes")
+    try:
+        message = json.loads(bytes(data))
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a message cannot be read: {error!r}") from error
+    if not isinstance(message, list) or not message:
+        raise ProtocolError("a message that says nothing")
+    return message

@@ -13,7 +13,7 @@ from tenacity import Retrying, wait_none
 
 from fiberexec import FiberExecutor
 from fiberexec import _messages as messages
-from fiberexec._session import CONTROL, Session
+from fiberexec._session import CONTROL, Session, encode
 
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
@@ -34,7 +34,7 @@ def joined(session: Session) -> bytes:
 
 def message(*control: Any, body: bytes | None = None) -> bytes:
     session = Session(b"s" * 16)
-    session.push(CONTROL, 0, messages.encode(control) if body is None else body)
+    session.push(CONTROL, 0, encode(*control) if body is None else body)
     return joined(session)
 
 
@@ -46,8 +46,7 @@ def fake(connect: Any, told: Any) -> tuple[Any, Session]:
 
 
 def hello(session: Session, version: int = messages.VERSION, python: str = VERSION) -> bytes:
-    said = "hello", version, python, 1, "elsewhere", (1.0, 1 << 30, 0), ()
-    session.push(CONTROL, 0, messages.encode(said))
+    session.push(CONTROL, 0, encode("hello", version, python, 1, "elsewhere", ""))
     return joined(session)
 
 

@@ -102,7 +102,7 @@ class Launcher(Shared):
     def do_unwatched(self, peer: Peer, job: str, text: str) -> None:
         """Its end may have gone unheard. An agent that has shown up is heard of by itself."""
         for found in self._find(job):
-            if found.hello is None:
+            if not found.greeted:
                 found.terminate()
                 found.fail(text, False)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +30,16 @@ _STARVED = 3  # jobs in a row that memory did not suffice to start a worker in: 
 _OUTPUT = 16 << 20  # bytes of workers' output that wait for an owner who does not read
 # What agents say, and of which types what they say it with is.
 _SAID: dict[str, tuple[type | tuple[type, ...], ...]] = {
-    "hello": (int, str, int, str, tuple, tuple),
-    "output": (int, bytes),
+    "hello": (int, str, int, str, str),
+    "output": (int, str),
     "leaving": (),
     "started": (int, int, str),
     "refused": (int, str),
-    "ended": (int, tuple, (int, type(None))),
-    "probed": (int, tuple),
+    "ended": (int, list, (int, type(None))),
+    "probed": (int, list),
     "recalled": (int, int, int),
 }
-_PARTS: dict[str, tuple[type | tuple[type, ...], ...]] = {  # of the first tuple that is said
-    "hello": ((int, float), (int, float), int),
+_PARTS: dict[str, tuple[type | tuple[type, ...], ...]] = {  # of the list that is said
     "ended": ((int, type(None)), str, str, bool),
     "probed": (int, (int, float), int),
 }
@@ -65,7 +65,8 @@ class Job:
         self.served = False  # a worker has started in it
         self.leaving = False  # its host takes it away soon
         self.why_lost = ""  # its agent is not listened to any more
-        self.hello: tuple[Any, ...] | None = None  # what its agent said of itself
+        self.greeted = False  # its agent has said hello
+        self.devices = ""  # GPUs that its agent sees: their names, with commas between them
         hub = fleet.hub
         self.link = hub.switch.links[id] = AgentLink(hub.switch, fleet.timeout, self.obey, self.lost)
         self.link.job = self
@@ -78,7 +79,7 @@ class Job:
     def add(self, worker: int) -> None:
         """Start a worker as soon as there is an agent."""
         self.workers[worker] = Worker(next(self._channels))
-        if self.hello is not None:
+        if self.greeted:
             self.link.say("launch", worker, self.workers[worker].channel)
 
     def attach(self, worker: int, sock: Any) -> None:
@@ -92,22 +93,23 @@ class Job:
     def obey(self, verb: str, *args: Any) -> None:
         """The agent says something. Raises ProtocolError."""
         tell = self.fleet.tell
-        if verb == "hello" and self.hello is None and _fits(args[:4], _SAID["hello"][:4]):
+        if verb == "hello" and not self.greeted and _fits(args[:4], _SAID["hello"][:4]):
             wrong = _mismatch(self.id, *args)
             if wrong:
                 self.terminate()
                 self.fail(wrong, True)
                 return
             _check(verb, args)
-            self.hello = args
+            self.greeted, self.devices = True, args[-1]
             for worker in self.workers:
                 self.link.say("launch", worker, self.workers[worker].channel)
             return
         _check(verb, args)
         if verb == "output":
             if self.fleet.backlog < _OUTPUT:
-                tell("output", *args)
-        elif self.hello is None or verb == "hello":
+                descriptor, text = args
+                tell("output", descriptor, text.encode("latin-1"))
+        elif not self.greeted or verb == "hello":
             raise ProtocolError("an agent says hello first, and once")
         elif verb == "leaving":
             self.leaving = True
@@ -121,7 +123,7 @@ class Job:
             worker, pid, host = args
             self.workers[worker].started = self.served = True
             self.fleet.starved = 0
-            tell("started", worker, pid, host, self.id, *self.hello)
+            tell("started", worker, pid, host, self.id, self.devices)
             if self.leaving:
                 tell("leaving", worker)
         elif verb == "refused":
@@ -156,7 +158,7 @@ class Job:
         if exit[1] == "OOMKilled" and not self.served:
             self.fleet.starved += 1
             starved = self.fleet.starved >= _STARVED
-        if self.hello is None:
+        if not self.greeted:
             self.fail(final or _explain(self.id, exit), bool(final) or starved)
             return
         self.ending = self.ended = True
@@ -181,7 +183,7 @@ class Job:
 
     def explained(self, text: str) -> None:
         """What is known of a job that has not shown up."""
-        if self.hello is not None:
+        if self.greeted:
             text = f"the agent of job {self.id} is there, and its worker is being started"
         for worker, found in self.workers.items():
             if not found.started:
@@ -189,7 +191,7 @@ class Job:
 
     def give_up(self, worker: int) -> None:
         """A worker that has not started is not wanted any more."""
-        if self.hello is None:
+        if not self.greeted:
             self._refuse(worker, "it was given up", False)
         else:
             self.link.say("signal", worker, 9, True)
@@ -204,7 +206,7 @@ class Job:
         if self.ending:
             return
         self.ending = True
-        if self.hello is None:
+        if not self.greeted:
             self.terminate()
         else:
             self.link.say("end")
@@ -246,11 +248,11 @@ def _check(verb: str, args: tuple[Any, ...]) -> None:
     if wanted is None or not _fits(args, wanted):
         raise ProtocolError(f"an agent says {verb!r}")
     parts = _PARTS.get(verb)
-    if parts is not None and not _fits(next(value for value in args if isinstance(value, tuple)), parts):
+    if parts is not None and not _fits(next(value for value in args if isinstance(value, list)), parts):
         raise ProtocolError(f"an agent says {verb!r}")
 
 
-def _fits(values: tuple[Any, ...], types: tuple[type | tuple[type, ...], ...]) -> bool:
+def _fits(values: Sequence[Any], types: tuple[type | tuple[type, ...], ...]) -> bool:
     return len(values) == len(types) and all(map(isinstance, values, types))
 
 

@@ -21,12 +21,10 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from fiberexec import _messages as messages
 from fiberexec import _platform
-from fiberexec._hub import plain
 from fiberexec._hub.shared import Timer
 from fiberexec._relay import IN, Relays
-from fiberexec._session import CLOSE, CONTROL, PARKED, Session, read_header
+from fiberexec._session import CLOSE, CONTROL, PARKED, Session, decode, encode, read_header
 from fiberexec._stream import Buffer, ProtocolError
 
 if TYPE_CHECKING:
@@ -79,7 +77,7 @@ class AgentLink:
         try:
             for packet in packets:
                 if packet.kind == CONTROL:
-                    self._obey(*plain.read(packet.data))
+                    self._obey(*decode(packet.data))
                 else:
                     self.relays.handle(packet)
         except (ProtocolError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -93,7 +91,7 @@ class AgentLink:
 
     def say(self, *message: object) -> None:
         """Tell the agent something."""
-        self._push(CONTROL, 0, messages.encode(message))
+        self._push(CONTROL, 0, encode(*message))
 
     def speak(self) -> None:
         """Send what there is to be sent, as far as requests are waiting for it."""

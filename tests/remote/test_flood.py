@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from impostors import Impostors, Mine, fake, hello, joined
 
-from fiberexec import _messages as messages
-from fiberexec._session import CONTROL, CREDIT, DATA, OPEN, Session
+from fiberexec._session import CONTROL, CREDIT, DATA, OPEN, Session, encode
 
 LIMIT = 30.0
 FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
@@ -79,7 +78,7 @@ def test_mutated_frames_after_the_handshake(
     chance = random.Random(seed)
     until = time.monotonic() + 1200
     path = tmp_path / "unpickled"
-    said = [("ended", 1, (0, "", "", False), 0), ("started", 1, 2, "x"), ("output", 1, b"x"), ("leaving",)]
+    said = [("ended", 1, (0, "", "", False), 0), ("started", 1, 2, "x"), ("output", 1, "x"), ("leaving",)]
     client, greeted, connections, agents, number = None, 0, 0, 0, 0
     while number < FRAMES and time.monotonic() < until:
         number += 1
@@ -95,7 +94,7 @@ def test_mutated_frames_after_the_handshake(
                     client.send(hello(session) if not greeted else joined(session))
                     greeted = 1
             if chance.random() < 0.7:  # the right session, the right number
-                session.push(CONTROL, 0, messages.encode(chance.choice(said)))
+                session.push(CONTROL, 0, encode(*chance.choice(said)))
                 session.push(CONTROL, 0, pickle.dumps(("output", 1, Mine(path))))
                 session.push(chance.choice([DATA, OPEN, CREDIT]), chance.randrange(5), chance.randbytes(8))
             valid = joined(session)

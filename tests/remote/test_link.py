@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import pickle
 import ssl
 import time
@@ -16,7 +17,7 @@ from tenacity import Retrying, stop_after_attempt
 
 from fiberexec import LaunchError, _launcher, _tls
 from fiberexec import _messages as messages
-from fiberexec._session import CONTROL, DATA
+from fiberexec._session import CONTROL, DATA, encode
 from fiberexec._tls import Authority
 
 LIMIT = 30.0
@@ -71,7 +72,7 @@ def test_a_certificate_that_names_its_owner_elsewhere_than_in_its_name(
     claimed = {**target, "certificate": other["certificate"], "key": other["key"]}
     client, session = fake(connect, claimed)
     client.send(hello(session))
-    session.push(CONTROL, 0, messages.encode(("leaving",)))  # would keep new tasks from the first job
+    session.push(CONTROL, 0, encode("leaving"))  # would keep new tasks from the first job
     client.send(joined(session))
     at_work()
     assert not future.done()
@@ -152,8 +153,8 @@ def test_an_agent_that_talks_nonsense_loses_its_job_and_nobody_elses(
     future = other.submit(int)
     client, session = fake(connect, until(lambda: jobs.started[1:])[0])
     client.send(hello(session))
-    session.push(CONTROL, 0, messages.encode(nonsense))
-    session.push(CONTROL, 0, messages.encode(("refused", 1, "enough")))
+    session.push(CONTROL, 0, json.dumps(nonsense).encode())
+    session.push(CONTROL, 0, encode("refused", 1, "enough"))
     client.send(joined(session))
     assert not future.done() or future.exception()
     at_work()
@@ -162,16 +163,16 @@ def test_an_agent_that_talks_nonsense_loses_its_job_and_nobody_elses(
 @pytest.mark.parametrize(
     "body",
     [
-        b"\x80\x05Nr" + (1 << 28).to_bytes(4, "little") + b".",  # a place far out in the memo: gigabytes
-        b"\x80\x05})" + b"\x85" * 900_000 + b"Ns.",  # a deep key: the end of the stack
-        b"\x80\x05})" + b"2\x86" * 40 + b"Ns.",  # a key of twice the same, and so on: hours
+        b"[" * 900_000,  # the end of the stack
+        b'["ended",1,[' + b"9" * 900_000 + b',"","",false],0]',  # minutes
+        b'["output",1,"' + b"x" * (2 << 20) + b'"]',
+        b"\x80\x05Nr" + (1 << 28).to_bytes(4, "little") + b".",  # a pickle with a place far out in the memo: gigabytes
     ],
-    ids=["memory", "stack", "time"],
+    ids=["deep", "digits", "long", "pickle"],
 )
 def test_a_message_that_is_more_than_it_looks_costs_its_own_job(
     connect: Any, target: Any, at_work: Any, make: Any, jobs: Any, until: Any, hub: Any, body: bytes
 ) -> None:
-    """For what unpickling it would take, see test_plain."""
     jobs.silent = True
     future = make(1, launch_retry=Retrying(stop=stop_after_attempt(1))).submit(int)
     client, session = fake(connect, until(lambda: jobs.started[1:])[0])
@@ -190,7 +191,7 @@ def test_one_job_cannot_speak_for_another(connect: Any, target: Any, at_work: An
     future = make(1, driver_timeout=1).submit(int)
     client, session = fake(connect, until(lambda: jobs.started[1:])[0])
     client.send(hello(session))
-    session.push(CONTROL, 0, messages.encode(("ended", 1, (0, "", "", False), 0)))
+    session.push(CONTROL, 0, encode("ended", 1, (0, "", "", False), 0))
     session.push(DATA, 2, b"bytes for the channel of the other's worker")
     client.send(joined(session))
     time.sleep(0.1)  # for the hub to do something wrong
@@ -209,6 +210,6 @@ def test_late_results_of_a_job_that_was_given_up_are_refused(
     client.send(hello(session))
     until(lambda: jobs.started[1:], what="it is given up, and another job is started")
     again, _ = fake(connect, told)
-    session.push(CONTROL, 0, messages.encode(("started", 1, 1, "late")))
+    session.push(CONTROL, 0, encode("started", 1, 1, "late"))
     again.send(joined(session))
     assert again.is_closed() or again.receive() in (None, b"")
