@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why tests were skipped, a line for each reason: hundreds of lines would hide what failed."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count:4} not run: {reason.removeprefix('Skipped: ')}")
 
 
 def _children() -> dict[str, str]:
