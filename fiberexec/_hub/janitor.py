@@ -15,25 +15,26 @@ class Janitors:
     """Those that are to be started. That needs a process and descriptors, of which there may be none just now."""
 
     def __init__(self) -> None:
-        self._due: list[tuple[str, list[Any], float]] = []  # program, remains, until when it is tried
+        self._due: list[tuple[str, list[Any], float, str]] = []  # program, remains, until when it is tried, what was said
 
     def add(self, program: str, remains: list[Any]) -> None:
         """One for this program. ``remains``: (backend, settings) of each backend that it has used."""
-        self._due.append((program, remains, monotonic() + _PATIENCE))
+        self._due.append((program, remains, monotonic() + _PATIENCE, ""))
 
     def start(self) -> bool:
         """Start those that are due; whether this has to be called again after ``AGAIN``."""
         due, self._due = self._due, []
-        for program, remains, until in due:
+        for program, remains, until, said in due:
             try:
                 _start(program, remains)
             except Exception as error:  # none of whatever they are may end the hub
-                what = "it is tried again"
-                if monotonic() > until:
-                    what = "it stays until somebody calls `fiberexec clean`"
-                else:
-                    self._due.append((program, remains, until))
-                _say(f"fiberexec: what is left of program {program} has no janitor ({error!r}): {what}")
+                late = monotonic() > until
+                what = "it stays until somebody calls `fiberexec clean`" if late else "it is tried again"
+                text = f"fiberexec: what is left of program {program} has no janitor ({error!r}): {what}"
+                if text != said:
+                    _say(text)
+                if not late:
+                    self._due.append((program, remains, until, text))
         return bool(self._due)
 
 
