@@ -27,9 +27,9 @@ MIB = 1 << 20
 SHORT = 0.05  # seconds that something is given to happen which must not
 
 
-def eventually(fact: Callable[[], Any]) -> Any:
+def eventually(fact: Callable[[], Any], limit: float = LIMIT) -> Any:
     """What a function returns, once it is true."""
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + limit
     while not (found := fact()):
         assert time.monotonic() < deadline, "it did not become so"
         time.sleep(0.002)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -26,16 +22,10 @@ from fiberexec._hub import client, launch, wire
 from fiberexec._messages import encode
 from fiberexec._stream import Stream, pack
 
-LIMIT = 30.0  # seconds after which a test that waits gives up
+from .helpers import LIMIT
+
 SLACK = 3.0  # seconds that a loaded machine may take longer
 PING = b"".join(pack(wire.REQUEST, encode(("ping", wire.HUB, ()))))
-
-
-def eventually(what: Callable[[], object], limit: float = LIMIT) -> None:
-    deadline = time.monotonic() + limit
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def running() -> launch.Address:
@@ -311,102 +301,6 @@ def test_another_process_fetches() -> None:
     assert os.read(read, 20) == b""
     os.close(read)
     process.join()
-
-
-def test_the_hub_keeps_nothing_of_what_is_dropped() -> None:
-    """Objects, timers and buffers that are done are gone: its memory stays as it was."""
-    queue: Any = mp.Queue()
-    process = psutil.Process(launch._pid)
-    lock = mp.Lock()
-    lock.acquire()
-
-    def rounds(count: int) -> int:
-        for _ in range(count):
-            queue.put(bytes(1 << 20))
-            queue.get(timeout=LIMIT)
-            assert not lock.acquire(timeout=0.0001)
-            mp.Event().wait(0)
-        gc.collect()
-        client.call("ping", wire.HUB)
-        return int(process.memory_info().rss)
-
-    before = rounds(20)
-    assert rounds(200) < before + (8 << 20)
-    lock.release()
-
-
-def test_the_hub_lets_go_within_two_seconds_of_what_somebody_got() -> None:
-    queue = mp.SimpleQueue()
-    process = psutil.Process(launch._pid)
-    before = process.memory_info().rss
-    queue.put(bytes(64 << 20))
-    assert process.memory_info().rss > before + (60 << 20)
-    queue.get()
-    eventually(lambda: process.memory_info().rss < before + (4 << 20), 2 + SLACK)  # and nobody asks it for anything
-
-
-def test_the_hub_lets_go_of_what_came_late_into_a_full_queue() -> None:
-    queue = mp.Queue(1)
-    process = psutil.Process(launch._pid)
-    before = process.memory_info().rss
-    queue.put(0)
-    waiter = threading.Thread(target=queue.put, args=(bytes(64 << 20),), kwargs={"timeout": 1000})
-    waiter.start()
-    eventually(lambda: process.memory_info().rss > before + (60 << 20))
-    assert queue.get(timeout=LIMIT) == 0
-    waiter.join(LIMIT)
-    assert len(queue.get(timeout=LIMIT)) == 64 << 20
-    eventually(lambda: process.memory_info().rss < before + (4 << 20))
-
-
-def is_there(id: int) -> bool:
-    try:
-        client.call("size", id)
-    except KeyError:
-        return False
-    return True
-
-
-def test_what_a_process_made_and_showed_nobody_goes_with_it_however_it_ends() -> None:
-    seen = mp.SimpleQueue()
-
-    def make() -> None:
-        queues = [mp.Queue() for _ in range(3)]
-        queues[1].put("shown")
-        while not queues[1].qsize():
-            pass
-        seen.put([each._id for each in queues])
-        seen.put(queues[1])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    process = mp.Process(target=make)
-    process.start()
-    hidden, shown, other = seen.get()
-    queue = seen.get()
-    process.join()
-    eventually(lambda: not is_there(hidden) and not is_there(other))
-    assert is_there(shown)
-    assert queue.get(timeout=LIMIT) == "shown"
-
-
-def test_what_a_process_made_before_it_forked_outlives_it() -> None:
-    seen = mp.SimpleQueue()
-
-    def make_and_fork() -> None:
-        before = mp.Queue()
-        if not (child := os.fork()):
-            os._exit(0)
-        os.waitpid(child, 0)
-        after = mp.Queue()
-        seen.put((before._id, after._id))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    process = mp.Process(target=make_and_fork)
-    process.start()
-    before, after = seen.get()
-    process.join()
-    eventually(lambda: not is_there(after))
-    assert is_there(before)
 
 
 def test_an_unreachable_hub_is_an_error_that_says_so(tmp_path: Path) -> None:
