@@ -16,6 +16,7 @@ from fiberexec._scheduler.events import Send
 from fiberexec._serialize import FunctionRef, load_exception
 from fiberexec._stream import Buffer, Stream
 
+_LONGEST = 1e12  # seconds, beyond which no task has taken
 
 class Payload:
     """What a task carries: its function, and the pickled arguments of its items."""
@@ -130,7 +131,9 @@ class Connection:
                     reads = reads - 1 if self.stream.in_bulk else 0
         except BlockingIOError:
             pass
-        except (EOFError, OSError, ValueError, TypeError, LookupError):  # closed, or no worker of ours: see _take()
+        except (EOFError, OSError, ValueError, TypeError, LookupError, AttributeError):
+            # It has closed, or is no worker of ours: see _take().
+            self.stream.deafen()
             return events, logs, True
         return events, logs, False
 
@@ -139,7 +142,7 @@ class Connection:
             records = []
             position = 0
             for number, count, status, data, taken, seconds in message:
-                if not (count >= 1 and taken >= 0 and seconds >= 0):
+                if not (count >= 1 and taken >= 0 and 0 <= seconds < _LONGEST):
                     raise ValueError("a record that no worker writes")
                 outcome: Any = None
                 if status != messages.RECALLED:

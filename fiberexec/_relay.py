@@ -41,6 +41,7 @@ class Relay:
         self.channel = channel
         self._socket = sock
         self._out: deque[Buffer] = deque()  # arrived, not yet written
+        self._waiting = 0  # bytes of that
         self._credit = WINDOW  # bytes that may be read
         self._size = _LITTLE  # bytes that are asked for
         self._written = 0  # bytes for which no credit has been given yet
@@ -91,11 +92,22 @@ class Relay:
 
     def deliver(self, data: Buffer) -> None:
         """Bytes have come from the other end."""
-        if self._ending or sum(map(len, self._out)) + self._written + len(data) > 2 * WINDOW:
-            raise ProtocolError("more bytes than there was credit for")
-        if not self._deaf:
+        if self._ending or not data or self._waiting + self._written + len(data) > 2 * WINDOW:
+            raise ProtocolError("more bytes than there was credit for, or none")
+        if self._deaf:
+            return
+        self._waiting += len(data)
+        if not self._out:
             self._out.append(data)
             self._flush()
+        elif len(data) >= _LITTLE:
+            self._out.append(data)
+        else:  # many little pieces, each with all of the message that it came in, would take much more than their bytes
+            last = self._out[-1]
+            if isinstance(last, bytearray) and len(last) < _LITTLE:
+                last += data
+            else:
+                self._out.append(bytearray(data))
 
     def grant(self, credit: int) -> None:
         """The other end has written so many bytes."""
@@ -124,6 +136,7 @@ class Relay:
                 data = self._out[0]
                 sent = self._socket.send(data)
                 self._written += sent
+                self._waiting -= sent
                 if sent < len(data):
                     self._out[0] = memoryview(data)[sent:]
                 else:
@@ -132,6 +145,7 @@ class Relay:
             pass
         except OSError:  # the peer has closed; what it wrote before can still be read
             self._out.clear()
+            self._waiting = 0
             self._deaf = True
         if self._ending:
             if not self._out:

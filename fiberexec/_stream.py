@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from _collections import deque  # type: ignore[import-not-found]
-from _socket import MSG_WAITALL, socket
+from _socket import MSG_WAITALL, SHUT_RD, socket
 from zlib import crc32
 
 from fiberexec import _platform
@@ -70,6 +70,7 @@ class Stream:
         self._partial: _Partial | None = None
         self._target: memoryview | None = None  # the rest of the large buffer that is being read
         self._out: deque[Buffer] = deque()  # packed, not yet sent
+        self.backlog = 0  # bytes of that
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -79,14 +80,17 @@ class Stream:
         """Whether a large buffer is being read."""
         return self._target is not None
 
-    @property
-    def backlog(self) -> int:
-        """Bytes that wait to be sent."""
-        return sum(map(len, self._out))
-
     def close(self) -> None:
         self._sock.close()
         self._out.clear()
+        self.backlog = 0
+
+    def deafen(self) -> None:
+        """Read nothing any more: who still sends is told so, and does not wait for room."""
+        try:
+            self._sock.shutdown(SHUT_RD)
+        except OSError:
+            pass  # it has closed
 
     # -- sending
 
@@ -96,7 +100,7 @@ class Stream:
         if len(pieces) == 1:
             self._sock.sendall(pieces[0])
         else:
-            self._out.extend(pieces)
+            self._keep(pieces)
             while not self.flush():
                 pass
 
@@ -112,12 +116,16 @@ class Stream:
             if sent == len(data):
                 return True
             pieces[0] = memoryview(data)[sent:]
-        self._out.extend(pieces)
+        self._keep(pieces)
         return self.flush()
 
     def queue(self, kind: int, body: bytes, buffers: list[Buffer] | tuple[Buffer, ...] = ()) -> None:
         """Add one frame to what flush() sends."""
-        self._out.extend(pack(kind, body, buffers))
+        self._keep(pack(kind, body, buffers))
+
+    def _keep(self, pieces: list[Buffer]) -> None:
+        self._out.extend(pieces)
+        self.backlog += sum(map(len, pieces))
 
     def flush(self) -> bool:
         """Send what the kernel takes now. True when nothing is left. Raises OSError when the peer has gone."""
@@ -128,6 +136,7 @@ class Stream:
                 sent = self._sock.sendmsg(pieces)
             except (BlockingIOError, InterruptedError):
                 return False
+            self.backlog -= sent
             while sent:
                 size = len(out[0])
                 if sent < size:

@@ -67,3 +67,40 @@ def test_what_is_recalled_before_there_is_room_for_it_is_not_sent(ends: tuple[An
         assert connection.stream.backlog <= BIG + 1000, "what may be recalled is packed"
         connection.recalled = number - 1
     assert arrived(connection, worker) == [1, 49]
+
+
+def test_the_backlog_is_what_is_left_to_be_sent(ends: tuple[Any, Any]) -> None:
+    connection, worker = ends
+    stream = connection.stream
+    for size in (10, 1000, BIG, 0, 70_000, BIG):
+        stream.send_some(1, bytes(10), [bytes(size)])
+        stream.queue(2, bytes(size % 5000))
+        assert stream.backlog == sum(map(len, stream._out))
+    assert stream.backlog > BIG
+    while not stream.flush():
+        assert stream.backlog == sum(map(len, stream._out)) > 0
+        worker.receive()
+    assert stream.backlog == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (messages.RESULTS, [(1, 1, messages.VALUE, None, 0, 0.1)]),
+        (messages.RESULTS, [(1, 1, messages.VALUE, b"", 0, 10**400)]),
+        (messages.RESULTS, [(1, 1, messages.VALUE, b"", 0, float("nan"))]),
+        (messages.RESULTS, 5),
+        (messages.READY, ()),
+    ],
+    ids=repr,
+)
+def test_a_stream_that_is_given_up_holds_its_writer_up_no_longer(ends: tuple[Any, Any], said: tuple[int, Any]) -> None:
+    """Whoever passes on what a worker says could never pass on its end either."""
+    connection, worker = ends
+    kind, message = said
+    worker.queue(kind, messages.encode(message))
+    worker.queue(messages.RESULTS, bytes(8 << 20))
+    assert not worker.flush()
+    assert connection.receive(1) == ([], [], True)
+    with pytest.raises(BrokenPipeError):
+        worker.flush()
