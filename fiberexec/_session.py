@@ -62,6 +62,11 @@ class Session:
         """Whether there are packets to be sent."""
         return self._next <= self._last
 
+    @property
+    def unheard(self) -> int:
+        """Packets that are not acknowledged."""
+        return len(self._kept)
+
     def overdue(self) -> bool:
         """Whether something that was sent before the last call of this is still not acknowledged."""
         first = self._last - len(self._kept) + 1

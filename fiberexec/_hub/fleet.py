@@ -185,6 +185,7 @@ class Fleet(Shared):
         self.forgot = 0.0  # when a job was last known to have ended
         self.shipped: tuple[str, list[Any]] = "", []
         self._subscriber: Subscriber | None = None
+        self._owner: Process | None = None
         self._looks: OrderedDict[Any, None] = OrderedDict()
         self._closers: OrderedDict[Any, None] = OrderedDict()  # who waits for the end
 
@@ -198,6 +199,7 @@ class Fleet(Shared):
         self.timeout, self.workers_per_job = timeout, workers_per_job
         self._settings = settings
         self._subscriber = Subscriber(peer)
+        self._owner = peer.process
         peer.process.uses[self] = None
 
     def do_ship(self, peer: Peer, digest: str) -> None:
@@ -230,7 +232,7 @@ class Fleet(Shared):
             self.launcher.tell("explain", job.id)
 
     def do_probe(self, peer: Peer, worker: int) -> None:
-        self._say(worker, "probe", worker)
+        self._ask("probe", worker)
 
     def do_look(self, peer: Peer) -> Any:
         """What all workers do now, as far as their agents say so in time: (worker, cell)."""
@@ -239,7 +241,7 @@ class Fleet(Shared):
             return []
         _Look(peer, self._looks, asked)
         for worker in asked:
-            self._say(worker, "probe", worker)
+            self._ask("probe", worker)
         return PARKED
 
     def looked(self, worker: int, cell: Any) -> None:
@@ -247,7 +249,7 @@ class Fleet(Shared):
             look.tell(worker, cell)
 
     def do_recall(self, peer: Peer, worker: int, number: int) -> None:
-        self._say(worker, "recall", worker, number)
+        self._ask("recall", worker, number)
 
     def do_attach(self, peer: Peer, worker: int) -> Any:
         """Make the caller's connection the worker's stream, after the answer."""
@@ -271,10 +273,10 @@ class Fleet(Shared):
     def _job_of(self, worker: int) -> Job | None:
         return next((job for job in self.jobs.values() if worker in job.workers), None)
 
-    def _say(self, worker: int, *message: object) -> None:
+    def _ask(self, verb: str, worker: int, *args: object) -> None:
         job = self._job_of(worker)
         if job is not None:
-            job.link.say(*message)
+            job.ask(verb, worker, *args)
 
     def tell(self, *event: object) -> None:
         if self._subscriber is not None:
@@ -288,12 +290,20 @@ class Fleet(Shared):
         self.closing = True
         for job in list(self.jobs.values()):
             job.finish()
+        self._done()
+
+    def _done(self) -> None:
+        """Keep nothing, if this is closed and the last job has ended."""
+        if not self.jobs and self._owner is not None:
+            self.launcher.fleets.pop(self, None)
+            self._owner.uses.pop(self, None)
+            self.shipped = "", []
 
     def forget(self, job: Job) -> None:
         self.jobs.pop(job.id, None)
         self.forgot = monotonic()
         if self.closing and not self.jobs:
-            self.launcher.fleets.pop(self, None)
+            self._done()
             for wait in list(self._closers):
                 wait.finish(None)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ LINGER = 5.0  # seconds that a job without a worker stays
 _UNKNOWN = (None, "", "", False)  # an Exit
 _END = 1.0  # seconds that an agent has to end by itself
 _STARVED = 3  # jobs in a row that memory did not suffice to start a worker in: the next one will be no better
+_HUGE = 1 << 64  # what is no less (infinity, too) or not even that (not a number) nobody counts or measures
 _OUTPUT = 16 << 20  # bytes of workers' output that wait for an owner who does not read
 # What agents say, and of which types what they say it with is.
 _SAID: dict[str, tuple[type | tuple[type, ...], ...]] = {
@@ -66,6 +68,7 @@ class Job:
         self.leaving = False  # its host takes it away soon
         self.why_lost = ""  # its agent is not listened to any more
         self.greeted = False  # its agent has said hello
+        self._asked: Counter[str] = Counter()  # questions that its agent may answer, by their verb
         self.devices = ""  # GPUs that its agent sees: their names, with commas between them
         hub = fleet.hub
         self.link = hub.switch.links[id] = AgentLink(hub.switch, fleet.timeout, self.obey, self.lost)
@@ -92,6 +95,8 @@ class Job:
 
     def obey(self, verb: str, *args: Any) -> None:
         """The agent says something. Raises ProtocolError."""
+        if self.why_lost:
+            return
         tell = self.fleet.tell
         if verb == "hello" and not self.greeted and _fits(args[:4], _SAID["hello"][:4]):
             wrong = _mismatch(self.id, *args)
@@ -112,6 +117,8 @@ class Job:
         elif not self.greeted or verb == "hello":
             raise ProtocolError("an agent says hello first, and once")
         elif verb == "leaving":
+            if self.leaving:
+                raise ProtocolError("an agent says once that it is leaving")
             self.leaving = True
             for worker in self.workers:
                 tell("leaving", worker)
@@ -132,9 +139,17 @@ class Job:
             worker, exit, running = args
             self._end(worker, self._judged(exit), running)
         else:
+            self._asked[verb] -= 1
+            if self._asked[verb] < 0:
+                raise ProtocolError(f"an agent says {verb!r}, and nobody has asked")
             tell(verb, *args)
             if verb == "probed":
                 self.fleet.looked(*args)
+
+    def ask(self, verb: str, worker: int, *args: object) -> None:
+        """Have the agent probe or recall; it answers "probed" or "recalled", unless the worker has gone."""
+        self._asked[f"{verb}d" if verb == "probe" else f"{verb}ed"] += 1
+        self.link.say(verb, worker, *args)
 
     def lost(self, why: str) -> None:
         """Nothing has been heard of the agent for so long that it has ended itself, or is stopped."""
@@ -158,11 +173,11 @@ class Job:
         if exit[1] == "OOMKilled" and not self.served:
             self.fleet.starved += 1
             starved = self.fleet.starved >= _STARVED
+        exit = self._judged(exit)
         if not self.greeted:
             self.fail(final or _explain(self.id, exit), bool(final) or starved)
             return
         self.ending = self.ended = True
-        exit = self._judged(exit)
         for worker, found in list(self.workers.items()):
             if not found.started:
                 self._refuse(worker, _explain(self.id, exit), starved)
@@ -253,7 +268,12 @@ def _check(verb: str, args: tuple[Any, ...]) -> None:
 
 
 def _fits(values: Sequence[Any], types: tuple[type | tuple[type, ...], ...]) -> bool:
-    return len(values) == len(types) and all(map(isinstance, values, types))
+    return len(values) == len(types) and all(map(isinstance, values, types)) and all(map(_counts, values))
+
+
+def _counts(value: object) -> bool:
+    """Whether a number is one to reckon with; all else is."""
+    return not isinstance(value, (int, float)) or abs(value) < _HUGE
 
 
 def _mismatch(job: str, version: int, python: str, pid: int, host: str, *_: object) -> str:

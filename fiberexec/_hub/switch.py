@@ -35,6 +35,7 @@ BEATS = 10  # answers in driver_timeout, whatever there is to say
 LONGEST_PAUSE = 2.0  # seconds between them
 MARGIN = 5.0  # seconds beyond driver_timeout
 SILENCE = 10.0  # seconds after which, at most twice, a connection that has said nothing is closed
+_UNHEARD = 1 << 18  # packets on the way to an agent, beyond which it cannot ask for more
 _SHARE = 8  # a channel takes two descriptors: no job has more than a quarter of all
 
 
@@ -76,12 +77,14 @@ class AgentLink:
             self._session.rewind()
         try:
             for packet in packets:
+                if self._closed:
+                    break  # what was said before has ended the job
                 if packet.kind == CONTROL:
                     self._obey(*decode(packet.data))
                 else:
                     self.relays.handle(packet)
         except (ProtocolError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            self._lost(f"its agent said what nobody understands: {error!r}")
+            self._lost(f"its agent said what nobody understands, as of another version of fiberexec: {error!r}")
             raise ProtocolError("no agent of this version") from error
         if self._closed or exchange.pipe != self._pipe:
             listener.answer(exchange, ())
@@ -124,8 +127,11 @@ class AgentLink:
 
     def _opened(self, channel: int) -> None:
         """A process of the job wants to talk to the hub."""
-        if channel in self.relays.channels:
-            raise ProtocolError(f"channel {channel} is open")
+        assert self._session is not None
+        if channel % 2 == 0 or channel in self.relays.channels:
+            raise ProtocolError(f"channel {channel} is the hub's, or open")
+        if self._session.unheard > _UNHEARD:
+            raise ProtocolError("an agent that asks and does not listen")
         try:
             if len(self.relays.channels) >= self._switch.channels:
                 raise OSError(errno.EMFILE, "this job's share of the hub's descriptors is used up")

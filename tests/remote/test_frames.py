@@ -8,31 +8,22 @@ from __future__ import annotations
 
 import os
 import random
-import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hubs import HELLO, Place
 
 from fiberexec import _config
-from fiberexec import _messages as messages
-from fiberexec._hub.fleet import Fleet, Launcher
-from fiberexec._hub.jobs import Job
-from fiberexec._hub.server import Hub
 from fiberexec._relay import PIECE
 from fiberexec._remote import Elsewhere, RemoteBackend
 from fiberexec._session import CLOSE, CONTROL, CREDIT, DATA, KEY_SIZE, OPEN, Session, encode
-from fiberexec._stream import ProtocolError
 from fiberexec.backends.base import Exit
 
 FULL = os.environ.get("FIBEREXEC_CAMPAIGN") == "full"
 COUNT = 1_000_000 if FULL else 20_000
-VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
-HELLO = "hello", messages.VERSION, VERSION, 1, "elsewhere", ""
 MINE, OTHERS = 1, 2  # workers: of the job that is attacked from, and of another
 SAID: list[tuple[Any, ...]] = [
     HELLO,
@@ -48,65 +39,6 @@ SAID: list[tuple[Any, ...]] = [
     ("output", 1, "printed"),
     ("leaving",),
 ]
-
-
-class Place:
-    """A hub that is never run, with a fleet of two jobs; all that the fleet's owner is told arrives at ``owner``."""
-
-    def __init__(self, folder: Any) -> None:
-        listener, self._lifeline = socket.socket(socket.AF_UNIX), os.pipe()
-        listener.bind(os.path.join(folder, "hub"))
-        listener.listen()
-        self._sockets: list[Any] = [listener]
-        self.hub = Hub(listener, self._lifeline[0], b"t" * 32)
-        self.launcher = Launcher(self.hub, "fx-test")
-        self.told: list[tuple[Any, ...]] = []
-        self.answers = 0
-
-    def fleet(self) -> Fleet:
-        fleet = Fleet(self.hub)
-        fleet.launcher = self.launcher
-        self.launcher.fleets[fleet] = None
-        fleet._settings = ()
-        fleet._subscriber = SimpleNamespace(tell=self._tell, backlog=0)  # type: ignore[assignment]
-        return fleet
-
-    def _tell(self, *event: object) -> None:
-        self.told.append(messages.decode(messages.encode(event)))
-
-    def job(self, fleet: Fleet, worker: int) -> Job:
-        fleet.do_launch(None, [worker])  # type: ignore[arg-type]
-        job = fleet._job_of(worker)
-        assert job is not None
-        return job
-
-    def hear(self, job: Job, data: bytes) -> bool:
-        """Whether a message that came with this job's certificate is accepted, as the switch sees it."""
-        exchange: Any = SimpleNamespace(pipe=1, peer=job.id)
-        link = self.hub.switch.links.get(job.id)
-        if link is None:
-            return False
-        try:
-            link.hear(self, exchange, data)  # type: ignore[arg-type]
-        except (ProtocolError, TypeError, ValueError, LookupError):  # what the switch refuses a connection for
-            return False
-        finally:
-            self.hub.switch.speak()
-        return True
-
-    def answer(self, exchange: object, parts: Any) -> None:
-        self.answers += 1
-
-    def close(self) -> None:
-        for link in self.hub.switch.links.values():
-            link.relays.close()
-        for peer in list(self.hub._peers.values()):
-            self.hub._close(peer)
-        self.hub._poller.close()
-        for each in self._sockets:
-            each.close()
-        for fd in self._lifeline:
-            os.close(fd)
 
 
 @pytest.fixture
@@ -258,7 +190,7 @@ def test_a_job_takes_no_more_than_its_share_of_the_hubs_descriptors(place: Place
         assert place.hear(job, b"".join(session.take()))
         assert job.link._session is not None
         first = job.link._session._last
-        for channel in range(2, 2 + channels):
+        for channel in range(1, 2 * channels, 2):
             session.push(OPEN, channel)
         assert place.hear(job, b"".join(session.take())) and not job.why_lost
         said = list(job.link._session._kept)[first - job.link._session._last :] if job.link._session._last > first else []
