@@ -19,16 +19,21 @@ def main() -> None:
     from fiberexec.backends import registry
 
     program, remains = json.load(sys.stdin)
-    deadline = time.monotonic() + _PATIENCE
     for told in remains:
-        backend = registry.create_jobs(*restored(told))
+        deadline = time.monotonic() + _PATIENCE
         again = False
+        said = ""
         while time.monotonic() < deadline:
             try:
-                backend.remove(program)
+                registry.create_jobs(*restored(told)).remove(program)
                 if again:
                     break
                 again = True
             except Exception as error:  # it cannot be reached, or is busy
-                print(f"fiberexec: what is left of program {program} in {backend.name}: {error!r}", file=sys.stderr)
+                text = f"fiberexec: what is left of program {program} in {told[0]} cannot be removed now: {error!r}"
+                if text != said:
+                    print(text, file=sys.stderr)
+                said = text
             time.sleep(_AGAIN)
+        else:
+            print(f"fiberexec: program {program} has left jobs in {told[0]}: call `fiberexec clean`", file=sys.stderr)

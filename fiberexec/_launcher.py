@@ -116,6 +116,8 @@ class Launcher:
                     call(*args)
                 except HubLost:
                     pass
+                except Exception as error:
+                    _logger.warning("%s", error)
 
         try:
             threading.Thread(target=guarded, name="fiberexec-launcher-call", daemon=True).start()
@@ -305,7 +307,7 @@ _launcher: Launcher | None = None
 def get() -> int:
     """The id of this process' launcher, which is started if there is none."""
     global _launcher
-    with _lock:
+    with launch._lock, _lock:  # in the order of launch.close(), which calls close() below
         if _launcher is None:
             _launcher = Launcher()
         return _launcher.id

@@ -169,8 +169,7 @@ class DockerBackend:
         try:
             remove(client, job)
         except Exception:
-            with self._lock:
-                self._leftover.add(job)
+            self._remove_later(job)
 
     def terminate(self, jobs: Sequence[str]) -> None:
         """Kill and remove containers. One that is being started follows when it has been."""
@@ -186,8 +185,12 @@ class DockerBackend:
             except Exception as error:
                 if not errors.is_outage(error):
                     raise self._engine.failed(error, f"removing container {job}", name=job) from error
-                with self._lock:
-                    self._leftover.add(job)
+                self._remove_later(job)
+
+    def _remove_later(self, job: str) -> None:
+        with self._lock:
+            self._leftover.add(job)
+        self._queue.put(Happened(job, "", {}))
 
     # -- watching
 
@@ -224,6 +227,8 @@ class DockerBackend:
                     one.stirred = True  # start() has those looked at that it is about to hand over
                 return
             known = self._jobs.get(item.job)
+            if item.job in self._leftover:
+                doubtful.setdefault(item.job, False)
             if known is None:
                 return
             if item.action == "kill":
@@ -305,7 +310,9 @@ class DockerBackend:
                 remove(self._engine.client(), job)
             except Exception as error:
                 _logger.debug("container %s cannot be removed now: %r", job, error)
-                return
+                if errors.is_outage(error):
+                    return
+                continue
             with self._lock:
                 self._leaving.pop(job, None)  # close() may have been faster
 
