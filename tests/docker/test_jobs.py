@@ -133,6 +133,40 @@ def test_a_closed_backend_leaves_no_container_that_has_ended(place: Callable[...
     assert [job for job in other.backend.list() if job["program"] == one.program] == []
 
 
+def test_a_container_that_cannot_be_removed_holds_up_no_other(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the engine have to come back before what it did not answer for is removed."""
+    from docker.errors import APIError
+    from requests import ConnectionError, Response
+
+    from fiberexec.backends import docker
+
+    remove, failed = docker.remove, []
+
+    def refuse(client: object, job: str) -> None:
+        if job.endswith("-1"):
+            response = Response()
+            response.status_code = 500
+            raise APIError("it is stuck", response)
+        if job.endswith("-4") and not failed:
+            failed.append(job)
+            raise ConnectionError("no answer")
+        remove(client, job)
+
+    monkeypatch.setattr(docker, "remove", refuse)
+    one = place()
+    for job in [one.start(number, "pass") for number in (1, 2, 3)]:
+        one.end(job)
+    eventually(lambda: [job["id"] for job in one.backend.list() if job["program"] == one.program] == [f"{one.program}-1"])
+    stays = one.start(4, SLEEP)
+    one.backend.terminate([stays])
+    one.end(stays)
+    assert failed == [stays]
+    monkeypatch.undo()
+    one.backend.remove(one.program)
+
+
 def test_a_job_that_was_killed_for_its_memory_says_so_and_names_the_limit(place: Callable[..., Place]) -> None:
     one = place(memory="64Mi")
     exit = one.end(one.start(1, "x = bytearray(1 << 30)"))
