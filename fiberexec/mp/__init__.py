@@ -32,9 +32,9 @@ _METHODS = (  # of the default context
 )  # fmt: skip
 _CLASSES = {"AsyncManager": "managers", "Ring": "ring"}
 _MODULES = (
-    "connection", "context", "managers", "pool", "process", "queues", "ring", "shared_memory", "sharedctypes", "synchronize",
+    "connection", "context", "dummy", "heap", "managers", "pool", "process", "queues", "reduction", "resource_sharer",
+    "resource_tracker", "ring", "shared_memory", "sharedctypes", "synchronize", "util",
 )  # fmt: skip
-_STANDARD = ("dummy", "reduction", "resource_sharer", "resource_tracker", "util")
 SUBDEBUG = 5  # levels of get_logger()
 SUBWARNING = 25
 __all__ = [*_METHODS, *_CLASSES]
@@ -51,8 +51,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"fiberexec.mp.{_CLASSES[name]}"), name)
     elif name in _MODULES:
         return import_module(f"fiberexec.mp.{name}")
-    elif name in _STANDARD:
-        return import_module(f"multiprocessing.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -60,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES, *_STANDARD})
+    return sorted({*globals(), *__all__, *_MODULES})

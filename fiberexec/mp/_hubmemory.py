@@ -155,8 +155,22 @@ class HubArray(HubObject):
         return (self._type._type_ * count).from_buffer_copy(data)
 
 
-class HubString(HubArray, HubValue):
+class HubString(HubArray):
     """With ``value``, and of bytes ``raw`` as well."""
+
+    def __iter__(self) -> Any:
+        return iter(self.load())  # items of bytes, where a slice is one whose items are numbers
+
+    @property
+    def value(self) -> Any:
+        return self.load().value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        obj = self._type()
+        obj.value = value
+        count = min(len(value) + 1, len(self))  # with the NUL, if there is room; what is behind it stays
+        self._memory.write(self._start, bytes(obj)[: count * self._size])
 
     @property
     def raw(self) -> bytes:

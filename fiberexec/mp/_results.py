@@ -135,6 +135,7 @@ class MapResult(ApplyResult[list[T]]):
         self._left = length
         self._lock = threading.Lock()  # guards these three
         if not length:
+            self._callbacks = None, None  # multiprocessing, too, calls nothing for no items
             self._finish([], None)
 
     def put(self, first: int, count: int, what: Any) -> None:

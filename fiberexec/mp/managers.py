@@ -7,6 +7,7 @@ or from ``__main__``, and a manager that has gone is `ManagerLost` for its calle
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.managers
 import multiprocessing.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from multiprocessing.context import ProcessError
 from multiprocessing.managers import Namespace, RemoteError, Token
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fiberexec.mp import resource_tracker, shared_memory
 from fiberexec.mp._proxies import SERIALIZER, AutoProxy, BaseProxy, ManagerLost, Server, proxy_type, reaching, standard
 
 if TYPE_CHECKING:
@@ -162,6 +164,43 @@ class SharedMemoryManager(BaseManager, multiprocessing.managers.SharedMemoryMana
 
     _Server = SharedMemoryServer
     _method = "local"
+
+    def SharedMemory(self, size: int) -> shared_memory.SharedMemory:
+        """A new block of ``size`` bytes. Raises ManagerLost when the manager has gone."""
+        return self._kept(shared_memory.SharedMemory(create=True, size=size))
+
+    def ShareableList(self, sequence: Iterable[Any] | None) -> shared_memory.ShareableList:
+        """A new list of these values. Raises ManagerLost when the manager has gone."""
+        made = shared_memory.ShareableList(sequence)
+        self._kept(made.shm)
+        return made
+
+    def _kept(self, block: shared_memory.SharedMemory) -> shared_memory.SharedMemory:
+        """A block that the manager's process is to unlink."""
+        try:
+            with reaching(self._address), self._Client(self._address, authkey=self._authkey) as conn:
+                standard.dispatch(conn, None, "track_segment", (block.name,))
+        except BaseException:
+            block.unlink()
+            raise
+        return block
+
+    @staticmethod
+    def _finalize_manager(process: Any, address: Any, authkey: bytes, state: Any, client: Any, *waits: float) -> None:
+        """As the others'; and the tracker, which is to unlink what the manager has not, forgets what it has."""
+        names = []
+        with contextlib.suppress(Exception), client(address, authkey=authkey) as conn:  # it may have gone
+            names = standard.dispatch(conn, None, "list_segments")
+        standard.BaseManager._finalize_manager(process, address, authkey, state, client, *waits)
+        for name in names:
+            try:
+                block = shared_memory.SharedMemory(name)
+            except FileNotFoundError:
+                resource_tracker.register(f"/{name}", "shared_memory")  # if its maker is another process
+                resource_tracker.unregister(f"/{name}", "shared_memory")
+            else:
+                block.close()
+                block.unlink()
 
 
 def MakeProxyType(name: str, exposed: Sequence[str]) -> Any:

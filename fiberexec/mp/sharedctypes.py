@@ -38,7 +38,7 @@ def _make(type_: Any, block: BufferWrapper) -> Any:
 
 
 def _new(type_: Any) -> Any:
-    return _make(type_, BufferWrapper(ctypes.sizeof(type_)))
+    return _make(type_, BufferWrapper(max(1, ctypes.sizeof(type_))))  # even of no items it has an address
 
 
 def _is_far(ctx: Any) -> bool:

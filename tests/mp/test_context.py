@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
 import selectors
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -64,6 +66,33 @@ def test_the_module_has_every_name_of_multiprocessing() -> None:
     assert mp.TimeoutError is multiprocessing.TimeoutError and mp.cpu_count() == multiprocessing.cpu_count()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mp.nothing  # noqa: B018
+
+
+SUBMODULES = (
+    "connection", "context", "dummy", "dummy.connection", "heap", "managers", "pool", "process", "queues", "reduction",
+    "resource_sharer", "resource_tracker", "shared_memory", "sharedctypes", "synchronize", "util",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUBMODULES)
+def test_submodules_are_imported_under_multiprocessings_names(name: str) -> None:
+    ours, theirs = (importlib.import_module(f"{package}.{name}") for package in ("fiberexec.mp", "multiprocessing"))
+    assert set(getattr(theirs, "__all__", ())) <= set(dir(ours))
+
+
+@pytest.mark.parametrize("name", ["dummy", "reduction", "resource_sharer", "resource_tracker", "util"])
+def test_what_is_not_made_anew_is_multiprocessings_own_module(name: str) -> None:
+    program = f"import fiberexec.mp.{name} as ours, multiprocessing.{name}; from fiberexec import mp\n"
+    program += f"assert ours is mp.{name} is multiprocessing.{name}; assert '{name}' in dir(mp)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT)
+
+
+def test_pools_of_threads_are_had_from_dummy() -> None:
+    from fiberexec.mp.dummy import Pool, Process
+
+    with Pool(2) as pool:
+        assert pool.map(abs, [-1, 2]) == [1, 2]
+    assert issubclass(Process, threading.Thread)
 
 
 def test_the_import_loads_nothing_heavy() -> None:

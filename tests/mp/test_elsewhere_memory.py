@@ -40,6 +40,21 @@ def test_an_array_in_the_hub_has_what_a_ctypes_array_has() -> None:
         text.raw = b"too long"
 
 
+@pytest.mark.parametrize("code, of", [("c", lambda text: text.encode()), ("u", str)])
+def test_a_string_in_the_hub_is_iterated_and_set_as_ctypes_does(code: str, of: Any) -> None:
+    kind = {"c": ctypes.c_char, "u": ctypes.c_wchar}[code]
+    local, shared = (kind * 5)(*of("abcd")), mp.RawArray(code, [of(letter) for letter in "abcd\0"])
+    assert list(shared) == list(local) and of("b") in shared and of("x") not in shared
+    for value in ("x", "", "wvxyz", "ab", "abcd"):
+        local.value = shared.value = of(value)
+        assert shared.value == local.value and list(shared) == list(local), value
+    with pytest.raises(ValueError):
+        shared.value = of("too long")
+    with pytest.raises(TypeError):
+        shared.value = 5
+    assert list(shared) == list(local)
+
+
 def test_structures_in_the_hub_are_written_field_by_field() -> None:
     bodies = mp.RawArray(Body, 2)
     bodies[1].mass = 2.5

@@ -59,7 +59,7 @@ def test_nothing_comes_of_nothing(pool: Pool) -> None:
     assert list(pool.imap(square, [])) == [] == list(pool.imap_unordered(square, iter(())))
     heard: list[Any] = []
     result = pool.map_async(square, [], callback=heard.append)
-    assert result.ready() and result.successful() and result.get() == [] and heard == [[]]
+    assert result.ready() and result.successful() and result.get() == [] and heard == []
 
 
 def test_many_items_come_back_in_order(pool: Pool) -> None:

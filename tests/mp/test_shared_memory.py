@@ -94,6 +94,59 @@ def test_the_trackers_have_nothing_to_say(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("5 5\n", "")
 
 
+MANAGERS = """
+from fiberexec import FiberExecutor
+from fiberexec.mp.managers import SharedMemoryManager
+from fiberexec.mp.shared_memory import SharedMemory
+
+def work(address, key):  # makes a block by the driver's manager, and two by one of its own
+    manager = SharedMemoryManager(address, key)
+    manager.connect()
+    block = manager.SharedMemory(10)
+    block.buf[0] = 3
+    with SharedMemoryManager() as own:
+        values = own.ShareableList([4, "text"])
+        gone = [values.shm.name, own.SharedMemory(5).name]
+        values.shm.close()
+    return block, gone
+
+def is_there(name):
+    try:
+        SharedMemory(name, track=False).close()
+    except FileNotFoundError:
+        return False
+    return True
+
+with SharedMemoryManager(authkey=b"key") as manager, FiberExecutor(1) as executor:
+    mine, values = manager.SharedMemory(10), manager.ShareableList([1, "text"])
+    block, gone = executor.submit(work, manager.address, b"key").result()
+    names = [mine.name, values.shm.name, block.name]
+    print(values[1], block.buf[0], *map(is_there, names), *map(is_there, gone))
+    for each in (mine, values.shm, block):
+        each.close()
+print(*map(is_there, names))
+
+with SharedMemoryManager() as manager:
+    mine, other = manager.SharedMemory(10), manager.SharedMemory(10)
+    mine.close(), other.close()
+    mine.unlink()  # which is the manager's to do
+print(is_there(mine.name), is_there(other.name))
+
+manager = SharedMemoryManager()
+manager.start()
+mine = manager.SharedMemory(10)
+mine.close()  # the rest is done at the program's end
+"""
+
+
+def test_a_managers_blocks_go_with_it_and_the_trackers_have_nothing_to_say(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(MANAGERS)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout == "text 3 True True True False False\nFalse False False\nFalse False\n"
+
+
 def test_on_another_host_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SharedMemory(create=True, size=10)
     pickled = dumps(memory)

@@ -106,6 +106,12 @@ def test_strings_have_value_and_raw() -> None:
     assert text.value == b"x" * 20
 
 
+def test_arrays_of_nothing_travel() -> None:
+    for array in (mp.Array("i", 0), mp.RawArray("d", []), mp.RawArray(Point, 0)):
+        other = travelled(array)
+        assert len(other) == 0 and other[:] == [] and list(other) == []
+
+
 def test_memory_used_before_arrives_as_zeros() -> None:
     for _ in range(3):
         array = mp.RawArray("i", 1000)
