@@ -28,7 +28,7 @@ LINGER = 5.0  # seconds that a job without a worker stays
 _UNKNOWN = (None, "", "", False)  # an Exit
 _END = 1.0  # seconds that an agent has to end by itself
 _STARVED = 3  # jobs in a row that memory did not suffice to start a worker in: the next one will be no better
-_HUGE = 1 << 64  # what is no less (infinity, too) or not even that (not a number) nobody counts or measures
+_HUGE = 1 << 64  # nobody counts, or measures, so far
 _OUTPUT = 16 << 20  # bytes of workers' output that wait for an owner who does not read
 # What agents say, and of which types what they say it with is.
 _SAID: dict[str, tuple[type | tuple[type, ...], ...]] = {
@@ -45,6 +45,7 @@ _PARTS: dict[str, tuple[type | tuple[type, ...], ...]] = {  # of the list that i
     "ended": ((int, type(None)), str, str, bool),
     "probed": (int, (int, float), int),
 }
+_ANSWERS = {"probe": "probed", "recall": "recalled"}
 
 
 class Worker:
@@ -68,7 +69,7 @@ class Job:
         self.leaving = False  # its host takes it away soon
         self.why_lost = ""  # its agent is not listened to any more
         self.greeted = False  # its agent has said hello
-        self._asked: Counter[str] = Counter()  # questions that its agent may answer, by their verb
+        self._asked: Counter[str] = Counter()  # how often its agent may say what it is asked for
         self.devices = ""  # GPUs that its agent sees: their names, with commas between them
         hub = fleet.hub
         self.link = hub.switch.links[id] = AgentLink(hub.switch, fleet.timeout, self.obey, self.lost)
@@ -147,8 +148,8 @@ class Job:
                 self.fleet.looked(*args)
 
     def ask(self, verb: str, worker: int, *args: object) -> None:
-        """Have the agent probe or recall; it answers "probed" or "recalled", unless the worker has gone."""
-        self._asked[f"{verb}d" if verb == "probe" else f"{verb}ed"] += 1
+        """Have the agent probe or recall; it answers, unless the worker has gone."""
+        self._asked[_ANSWERS[verb]] += 1
         self.link.say(verb, worker, *args)
 
     def lost(self, why: str) -> None:
@@ -272,7 +273,7 @@ def _fits(values: Sequence[Any], types: tuple[type | tuple[type, ...], ...]) -> 
 
 
 def _counts(value: object) -> bool:
-    """Whether a number is one to reckon with; all else is."""
+    """Whether a number is one to reckon with, neither huge nor infinite nor NaN; all else is."""
     return not isinstance(value, (int, float)) or abs(value) < _HUGE
 
 
