@@ -22,6 +22,7 @@ from fiberexec.mp.managers import (
     SharedMemoryManager,
     SyncManager,
 )
+from fiberexec.mp.shared_memory import SharedMemory
 
 from .counters import Counters, kill, start
 from .helpers import LIMIT
@@ -197,6 +198,29 @@ def test_shared_memory_goes_with_its_manager() -> None:
         values.shm.close()
     with pytest.raises(FileNotFoundError):
         type(block)(block.name)
+
+
+@pytest.mark.leaks("multiprocessing's resource tracker stays")
+def test_a_block_that_no_manager_can_take_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    unlink = SharedMemory.unlink
+
+    def noted(block: SharedMemory) -> None:
+        made.append(block.name)
+        unlink(block)
+
+    monkeypatch.setattr(SharedMemory, "unlink", noted)
+    manager = start(SharedMemoryManager())
+    kill(manager)
+    manager._process.join()
+    for make in (lambda: manager.SharedMemory(10), lambda: manager.ShareableList([1])):
+        with pytest.raises(ManagerLost, match="start another one"):
+            make()
+    assert len(made) == 2
+    for name in made:
+        with pytest.raises(FileNotFoundError):
+            SharedMemory(name)
+    manager.shutdown()
 
 
 def test_a_manager_that_is_killed_leaves_no_folder_behind() -> None:
