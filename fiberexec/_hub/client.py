@@ -7,6 +7,7 @@ Rules:
   which one it replaces, and the hub undoes whatever that one was given and nobody saw.
 - What finalizers want to say waits for the next call: they may run in the middle of one.
 - A forked child is another process: it closes what it inherited.
+- The program's end closes its hub under daemon threads: those that use it wait for the interpreter's end, and hear nothing.
 """
 
 from __future__ import annotations
@@ -351,6 +352,7 @@ def _with_fd(hub: Address, message: tuple[str, int, tuple[Any, ...]], fd: int) -
 
 
 def _lost(hub: Address, error: BaseException) -> NoReturn:
+    launch.stay_at_end()
     raise HubLost(
         f"the hub at {hub.path} has gone, or refused this process ({error}): "
         "queues, locks and other objects that it held are lost; start the program again"

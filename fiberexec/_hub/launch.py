@@ -42,6 +42,8 @@ _listener: socket | None = None  # in the root, while the hub is reserved and no
 _pid = 0  # of the hub, in the root
 _lifeline = -1  # the hub ends when its last copy is closed
 _folder_lock = -1  # in the root: nobody else removes the hub's folder
+_at_end = False  # this process' end has closed what it has open
+_OWN = ("fiberexec-", "QueueFeederThread")  # how names of our threads begin: others wait for what these hear
 at_close: list[Callable[[], None]] = []  # called before the hub is ended
 
 
@@ -140,8 +142,10 @@ def start(expected: Address | None = None) -> Address:
 
 def close() -> None:
     """Close what this process has open to hubs, and end the program's if this is the root; the next call starts another."""
-    global _address, _listener, _pid, _lifeline, _folder_lock
+    global _address, _listener, _pid, _lifeline, _folder_lock, _at_end
     with _lock:
+        util = sys.modules.get("multiprocessing.util")
+        _at_end = util is not None and util.is_exiting()
         for each in at_close:
             each()
         if _listener is not None and _address is not None:
@@ -157,6 +161,15 @@ def close() -> None:
         _pid, _lifeline, _folder_lock = 0, -1, -1
 
 
+def stay_at_end() -> None:
+    """Return, unless the program ends and the caller is a user's daemon thread: that waits for the interpreter's end."""
+    thread = threading.current_thread()
+    if _at_end and thread.daemon and thread is not threading.main_thread() and not thread.name.startswith(_OWN):
+        forever = threading.Lock()
+        with forever, forever:
+            pass
+
+
 def remove_folder(path: str) -> None:
     """Remove the hub's socket and its folder, with what others put there."""
     folder.remove(os.path.dirname(path))
@@ -164,8 +177,9 @@ def remove_folder(path: str) -> None:
 
 def _in_child() -> None:
     """A forked child of the root uses the same hub and is not its root."""
-    global _lock, _listener, _pid, _lifeline, _folder_lock
+    global _lock, _listener, _pid, _lifeline, _folder_lock, _at_end
     _lock = threading.RLock()
+    _at_end = False
     if _listener is not None:
         _listener.close()
         _listener = None

@@ -288,3 +288,70 @@ def test_a_program_says_what_it_says_with_multiprocessing(name: str, tmp_path: P
     expected = run(PROGRAMS[name], SPAWN, tmp_path)
     assert len(expected) >= 3
     assert run(PROGRAMS[name], OURS, tmp_path) == expected
+
+
+WAITS = {
+    "queue": "queue.get()",
+    "again": "ask_again()",
+    "full": "full.put(1)",
+    "puts": "put_again()",
+    "lock": "lock.acquire()",
+    "event": "multiprocessing.Event().wait()",
+    "condition": "wait_for_a_notification()",
+    "barrier": "multiprocessing.Barrier(2).wait()",
+}
+
+WAITER = """
+import atexit
+import queue as standard
+import threading
+import time
+
+def late():
+    try:
+        queue.put("late")
+        queue.get(timeout=60)
+    except Exception as error:
+        print(isinstance(error, (OSError, RuntimeError)))  # no thread can be started any more
+
+atexit.register(late)
+{imports}
+
+def ask_again():
+    while True:
+        try:
+            queue.get(timeout=0.001)
+        except standard.Empty:
+            pass
+
+def put_again():
+    while True:
+        other.put(1)
+        time.sleep(0.0005)
+
+def wait_for_a_notification():
+    with condition:
+        condition.wait()
+
+def wait():
+    started.set()
+    try:
+        {wait}
+    finally:
+        print("not reached")
+
+queue, full, other = multiprocessing.Queue(), multiprocessing.Queue(1), multiprocessing.Queue()
+lock, condition = multiprocessing.Lock(), multiprocessing.Condition()
+full.put(0)
+lock.acquire()
+started = threading.Event()
+threading.Thread(target=wait, daemon=True).start()
+started.wait()
+time.sleep(0.2)  # it may wait by then
+print("end")
+"""
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_program_ends_in_silence_while_daemon_threads_wait(wait: str, tmp_path: Path) -> None:
+    assert run(WAITER.format(imports=OURS, wait=WAITS[wait]), "", tmp_path) == ["end", "True"]
