@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from functools import partial
 from threading import BrokenBarrierError
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiberexec._hub.shared import PARKED, Shared, Wait, first
@@ -177,7 +178,7 @@ class Barrier(Shared):
     def do_wait(self, peer: Peer, timeout: float | None) -> Any:
         if self._broken:
             raise BrokenBarrierError
-        Party(self, peer, self._waiting, timeout)
+        Party(self, peer, timeout)
         self._let_pass()
         return PARKED
 
@@ -186,6 +187,8 @@ class Barrier(Shared):
         self._acting = None
         for index, party in enumerate(list(self._passing)):
             party.finish((index, False))
+        for party in self._waiting:
+            party.start()
         self._let_pass()
 
     def do_abort(self, peer: Peer) -> None:
@@ -217,6 +220,8 @@ class Barrier(Shared):
                     party.move(self._passing)
                 else:
                     party.finish((index, False))
+            if self._has_action:
+                last.peer.undo = self.break_  # who has not read that he is to act does not act
             last.finish((len(others), self._has_action))
             if self._has_action:
                 self._acting = last.peer.process
@@ -224,14 +229,24 @@ class Barrier(Shared):
 
 
 class Party(Wait):
-    __slots__ = ("barrier",)
+    """Its time runs while it waits for others, not while an action takes its own."""
 
-    def __init__(self, barrier: Barrier, peer: Peer, queue: OrderedDict[Any, None], timeout: float | None) -> None:
-        super().__init__(peer, queue, timeout)
+    __slots__ = ("barrier", "timeout")
+
+    def __init__(self, barrier: Barrier, peer: Peer, timeout: float | None) -> None:
+        super().__init__(peer, barrier._waiting, None)
         self.barrier = barrier
+        self.timeout = timeout
+        if barrier._acting is None:
+            self.start()
+
+    def start(self) -> None:
+        if self.timeout is not None:
+            self.peer.hub.at(monotonic() + self.timeout if self.timeout > 0 else 0.0, self)
 
     def due(self) -> None:
-        self.barrier.break_()
+        if self.queue is self.barrier._waiting:
+            self.barrier.break_()
 
     def cancel(self) -> None:
         self.leave()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import select
 import threading
 from typing import Any
 
 import pytest
 
 from fiberexec import mp
+from fiberexec._hub import client
 
 from .helpers import LIMIT, SHORT, ended, eventually, in_thread, process
 
@@ -180,3 +182,48 @@ def test_a_timeout_an_abort_and_a_reset_are_heard_by_all_who_wait() -> None:
     assert not barrier.broken
     with pytest.raises(ValueError):
         mp.Barrier(0)
+
+
+def test_an_action_may_take_longer_than_anybody_waits_for_others() -> None:
+    limit = 0.5  # seconds that the second party has to come
+    heard: list[object] = []
+
+    def party(timeout: float) -> None:
+        try:
+            heard.append(barrier.wait(timeout))
+        except threading.BrokenBarrierError:
+            heard.append("broken")
+
+    def act() -> None:
+        helpers.append(in_thread(party, SHORT))  # for the next round, to which nobody else will come
+        eventually(lambda: barrier.n_waiting == 2)
+        threading.Event().wait(1.2 * limit)
+
+    barrier = mp.Barrier(2, action=act)
+    helpers = [in_thread(party, limit)]
+    eventually(lambda: barrier.n_waiting == 1)
+    party(limit)
+    for each in helpers:
+        each.join(LIMIT)
+    assert sorted(heard, key=str) == [0, 1, "broken"]
+
+
+def test_a_barrier_breaks_when_the_last_party_is_interrupted_before_it_hears_that_it_acts() -> None:
+    barrier = mp.Barrier(2, action=lambda: None)
+    broken = threading.Event()
+
+    def party() -> None:
+        with pytest.raises(threading.BrokenBarrierError):
+            barrier.wait()
+        broken.set()
+
+    other = in_thread(party)
+    eventually(lambda: barrier.n_waiting == 1)
+    last = client.Pending(barrier._hub, ("wait", barrier._id, (None,)))
+    assert select.select([last], [], [], LIMIT)[0]
+    last.cancel()
+    try:
+        assert broken.wait(LIMIT)
+    finally:
+        barrier.abort()
+        other.join()
