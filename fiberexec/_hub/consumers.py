@@ -25,6 +25,22 @@ class Item:
         self.size = _OVERHEAD + (len(data) if data is not None else 0) + sum(map(len, buffers))
 
 
+def unpacked(items: list[Any], buffers: list[Any]) -> list[Item]:
+    """A frame's items."""
+    if not buffers:
+        return [Item(data, b"", ()) for data in items]
+    found = []
+    position = 0
+    for item in items:
+        if type(item) is tuple:
+            data, kinds = item
+            found.append(Item(data, kinds, buffers[position : position + len(kinds)]))
+            position += len(kinds)
+        else:
+            found.append(Item(item, b"", ()))
+    return found
+
+
 class Consumer:
     """``held`` are the items ``first`` .. ``first + len(held) - 1`` in its own count."""
 

@@ -18,6 +18,8 @@ Rules:
   (JoinableQueue) not before it was marked as done. What else its process held when it died goes back to the front, in order.
 - The first item of an answer is the consumer's, however long it takes to read it. What it holds beyond that and has not
   claimed after HOLD seconds is taken back, or at once when a get() that must not wait finds nothing else.
+- Items that wait for a place in a full queue may take some memory, too. What comes beyond that is let go, and asked for when
+  it is its turn.
 - A cell is told on any connection, so later words may come first: they only grow.
 """
 
@@ -29,7 +31,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiberexec._errors import HubFull
-from fiberexec._hub.consumers import Consumer, Item
+from fiberexec._hub.consumers import Consumer, Item, unpacked
 from fiberexec._hub.shared import PARKED, Shared, Timer, Wait, first
 from fiberexec._hub.wire import CLAIMED, DONE, GOT, OTHERS, RECALLED
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 HOLD = 0.005  # seconds that a consumer may hold what it has not claimed
 SETTLE = 0.001  # seconds after which what was claimed before a recall was seen is certain to show
+RESEND = 1.0  # seconds that others let who has the next place send his items again
+PARKS = 8  # part of the hub's memory, beside it, for items that wait for a place: those beyond are sent again
 ANSWER = 1.0  # seconds that a get() which must not wait allows consumers on other hosts to answer a recall
 _BATCH = 1 << 18  # bytes in one answer, more than one item
 
@@ -55,18 +59,22 @@ class Queue(Shared):
         self._getting: OrderedDict[Get, None] = OrderedDict()
         self._putting: OrderedDict[Put, None] = OrderedDict()
         self._joining: OrderedDict[Wait, None] = OrderedDict()
+        self._called: Timer | None = None  # somebody is to send again; due when others need not wait for him any more
         self._unfinished = 0
 
     # -- operations
 
-    def do_put(self, peer: Peer, items: list[Any], timeout: float | None) -> Any:
-        """Answers whether there was room, in time."""
-        found = _unpacked(items, peer.buffers)
-        if self._putting or self._is_full():
-            Put(self, peer, timeout, found)
+    def do_put(self, peer: Peer, items: list[Any], timeout: float | None, again: bool = False) -> Any:
+        """Answers whether there was room, in time; None: there is now, and the items are to be sent ``again``."""
+        found = unpacked(items, peer.buffers)
+        if again:
+            self._called_back()
+        if self._called is not None or (self._putting and not again) or self._is_full():
+            Put(self, peer, timeout, found, again)
             self.admit()
             return PARKED
         self._add(found)
+        self.admit()
         return True
 
     def do_get(self, peer: Peer, slot: int, claimed: int, want: int, timeout: float | None) -> Any:
@@ -160,6 +168,14 @@ class Queue(Shared):
         for item in self._items:
             self.hub.release(item.size)
         self._items.clear()
+        for consumer in self._consumers.values():
+            consumer.end_recall()
+            if consumer.holding is not None:
+                consumer.holding.done = True
+            for item in consumer.held:
+                self.hub.release(item.size)
+            consumer.held.clear()
+        self._consumers.clear()
 
     # -- what is there
 
@@ -177,13 +193,29 @@ class Queue(Shared):
 
     def admit(self) -> None:
         """Let those put for whom there is room now."""
-        while self._putting and not self._is_full():
+        while self._putting and self._called is None and not self._is_full():
             put = first(self._putting)
-            put.finish(True)
-            items, put.items = put.items, []  # its time may come much later
-            self._add(items)
+            items = put.items
+            if items is None:
+                self._called = Timer(self._go_on)
+                self.hub.at(monotonic() + RESEND, self._called)
+                put.peer.undo = self._go_on
+                put.finish(None)
+            else:
+                put.finish(True)
+                self._add(items)
         if self._putting and self.hub.bytes > self.hub.limit:
             self.hub.starved[self] = None
+
+    def _called_back(self) -> None:
+        if self._called is not None:
+            self._called.done = True
+            self._called = None
+
+    def _go_on(self) -> None:
+        """Who was to send again does not, or takes long."""
+        self._called_back()
+        self.admit()
 
     def _deliver(self) -> None:
         while self._getting and self._items:
@@ -321,19 +353,34 @@ class Get(Wait):
 
 
 class Put(Wait):
-    __slots__ = ("items", "shared")
+    """``items``: None if they are to be sent again, since the hub keeps no more for those who wait."""
 
-    def __init__(self, queue: Queue, peer: Peer, timeout: float | None, items: list[Item]) -> None:
+    __slots__ = ("items", "shared", "size")
+
+    def __init__(self, queue: Queue, peer: Peer, timeout: float | None, items: list[Item], again: bool) -> None:
         super().__init__(peer, queue._putting, timeout)
-        self.items = items
+        if again:
+            queue._putting.move_to_end(self, last=False)
+        hub = queue.hub
+        size = sum(item.size for item in items)
+        keep = timeout == 0 or hub.parked + size <= hub.limit // PARKS  # it does not wait for long
+        self.items: list[Item] | None = items if keep else None
+        self.size = size if keep else 0
         self.shared = queue
+        hub.parked += self.size
+
+    def leave(self) -> None:
+        super().leave()
+        self.items = None  # its time may come much later
+        self.shared.hub.parked -= self.size
+        self.size = 0
 
     def due(self) -> None:
         hub = self.shared.hub
         self.shared.admit()  # there may be room by now
         if self.done:
             return
-        if hub.bytes > hub.limit:
+        if hub.bytes > hub.limit or not self.shared._maxsize:
             self.fail(
                 HubFull(
                     f"the hub holds {hub.bytes} bytes, and its limit is {hub.limit}: consumers do not keep up; "
@@ -342,18 +389,3 @@ class Put(Wait):
             )
         else:
             self.finish(False)
-
-
-def _unpacked(items: list[Any], buffers: list[Any]) -> list[Item]:
-    if not buffers:
-        return [Item(data, b"", ()) for data in items]
-    found = []
-    position = 0
-    for item in items:
-        if type(item) is tuple:
-            data, kinds = item
-            found.append(Item(data, kinds, buffers[position : position + len(kinds)]))
-            position += len(kinds)
-        else:
-            found.append(Item(item, b"", ()))
-    return found

@@ -67,6 +67,7 @@ class Hub(Shared):
         self.processes: dict[bytes, Process] = {}
         self.bytes = 0  # what queues hold
         self.limit = _platform.memory_total() // 2  # of these bytes
+        self.parked = 0  # bytes beside these, of puts that wait for room
         self.starved: dict[Queue, None] = {}  # queues whose puts wait for memory
         self._token = token
         self._ids = itertools.count(int.from_bytes(os.urandom(4), "little") << 31 | 1)  # no program's are another's
@@ -337,6 +338,9 @@ class Hub(Shared):
             os.close(shared)
         elif shared is not None:
             shared.dropped()
+            if not isinstance(shared, Fleet):  # its jobs end when its process does
+                for process in self.processes.values():
+                    process.uses.pop(shared, None)
 
     def do_limit(self, peer: Peer, limit: int) -> None:
         """Hold at most so many bytes in queues."""

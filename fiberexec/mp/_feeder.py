@@ -7,6 +7,7 @@ import threading
 from _collections import deque  # type: ignore[import-not-found]
 from collections import Counter
 from collections.abc import Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiberexec._errors import HubFull, HubLost
@@ -14,6 +15,7 @@ from fiberexec._hub import client
 from fiberexec._messages import BULK
 
 if TYPE_CHECKING:
+    from fiberexec._hub.handle import Handle
     from fiberexec.mp._consumer import Consumer
     from fiberexec.mp.queues import JoinableQueue, Queue
 
@@ -55,8 +57,8 @@ class Feeder:
         """Whether all that this process has put is sent."""
         return self._sent == self._count
 
-    def flush(self, queue: Queue, patient: bool = True) -> None:
-        """Return when all that was put so far into ``queue`` has been sent.
+    def flush(self, queue: Queue, patient: bool = True, timeout: float | None = None) -> None:
+        """Return when all that was put so far into ``queue`` has been sent, or ``timeout`` seconds have passed.
 
         If not ``patient``, also when the hub takes no more for it.
         """
@@ -64,8 +66,9 @@ class Feeder:
             return
         with self._changed:
             until = queue._put_count
-            while queue._sent_count < until and self._thread is not None and (patient or queue._full is None):
-                self._changed.wait()
+            self._changed.wait_for(
+                lambda: queue._sent_count >= until or self._thread is None or not (patient or queue._full is None), timeout
+            )
 
     def flush_all(self, queue: Queue) -> None:
         """Return when all that was put so far, into any queue, has been sent, or the hub takes no more for ``queue``."""
@@ -150,7 +153,7 @@ class Feeder:
 
     def _put(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:
         try:
-            client.request(queue._hub, ("put", queue._id, (items, 0.0)), buffers)
+            send(queue, items, buffers, 0.0)
         except HubFull as error:
             with self._changed:
                 queue._full = error
@@ -169,7 +172,7 @@ class Feeder:
     def _insist(self, queue: Queue, items: list[Any], buffers: list[Any]) -> None:
         """Put, whenever the hub has memory."""
         try:
-            client.request(queue._hub, ("put", queue._id, (items, None)), buffers)
+            send(queue, items, buffers, None)
         except Exception as error:
             queue._lost = error
         with self._changed:
@@ -184,6 +187,18 @@ class Feeder:
                 self._sent += count
                 queue._sent_count += count
             self._changed.notify_all()
+
+
+def send(queue: Handle, items: list[Any], buffers: list[Any], timeout: float | None) -> bool:
+    """Put items into a queue of the hub; whether there was room for them in ``timeout`` seconds."""
+    deadline = monotonic() + timeout if timeout else 0.0
+    again = False
+    while True:
+        answer = client.request(queue._hub, ("put", queue._id, (items, timeout, again)), buffers)[0]
+        if answer is not None:
+            return bool(answer)
+        again = True  # the hub could not keep them until there was room
+        timeout = max(0.0, deadline - monotonic()) if timeout is not None else None
 
 
 def pack(data: Any, own: Any, buffers: list[Any]) -> Any:

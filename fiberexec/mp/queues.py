@@ -21,6 +21,7 @@ import weakref
 from multiprocessing import util
 from operator import index
 from queue import Empty, Full
+from time import monotonic
 from typing import Any
 
 from fiberexec._errors import HubFull
@@ -32,6 +33,8 @@ from fiberexec.mp import _feeder
 from fiberexec.mp._consumer import Consumer, FarConsumer
 
 __all__ = ["JoinableQueue", "Queue", "SimpleQueue"]
+
+_SOON = 0.1  # seconds that get() allows, whatever its timeout, for what this process has just put to be sent
 
 
 class _Ends(Handle):
@@ -50,7 +53,7 @@ class _Ends(Handle):
         data, own = dumps_result(obj)
         buffers: list[Any] = []
         item = _feeder.pack(data, own, buffers)
-        return bool(client.request(self._hub, ("put", self._id, ([item], timeout)), buffers)[0])
+        return _feeder.send(self, [item], buffers, timeout)
 
     def _consumer(self) -> Consumer:
         try:
@@ -122,6 +125,7 @@ class Queue(_Ends):
         """Raise what the feeder met."""
         error = self._lost or self._full
         if error is not None:
+            launch.stay_at_end()
             raise error.with_traceback(None)
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
@@ -157,9 +161,12 @@ class Queue(_Ends):
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        if not block or timeout is not None:
-            _feeder.feeder.flush(self, patient=False)
-        return self._get(_limit(block, timeout))
+        limit = _limit(block, timeout)
+        if limit is not None:
+            started = monotonic()
+            _feeder.feeder.flush(self, patient=False, timeout=max(limit, _SOON) if block else None)
+            limit = max(0.0, limit - (monotonic() - started))
+        return self._get(limit)
 
     def qsize(self) -> int:
         """How many objects are in it."""

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import pytest
 
 from fiberexec import mp
 from fiberexec._hub import client, launch, wire
@@ -62,6 +63,33 @@ def test_the_hub_lets_go_of_what_came_late_into_a_full_queue() -> None:
     waiter.join(LIMIT)
     assert len(queue.get(timeout=LIMIT)) == 64 << 20
     eventually(lambda: process.memory_info().rss < before + (4 << 20))
+
+
+@pytest.mark.parametrize("kind", ["Queue", "JoinableQueue"])
+def test_what_was_got_from_a_queue_that_is_dropped_counts_no_more(kind: str) -> None:
+    mp.Event().set()
+    client.call("limit", wire.HUB, 4 << 20)
+    for _ in range(20):
+        queue = getattr(mp, kind)(1)
+        queue.put(bytes(1 << 20), block=False)
+        assert len(queue.get(timeout=LIMIT)) == 1 << 20
+        del queue
+        gc.collect()
+
+
+def test_nothing_stays_of_locks_that_were_used_and_dropped() -> None:
+    mp.Event().set()
+    process = psutil.Process(launch._pid)
+
+    def rounds(count: int) -> int:
+        for _ in range(count):
+            with mp.Lock():
+                pass
+        client.call("ping", wire.HUB)
+        return int(process.memory_info().rss)
+
+    before = rounds(1000)
+    assert rounds(5000) < before + (1 << 20)
 
 
 def is_there(id: int) -> bool:

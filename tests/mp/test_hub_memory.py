@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import queue as standard
 import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from fiberexec import mp
@@ -17,7 +20,7 @@ from fiberexec._hub import client, launch, wire
 from fiberexec._messages import decode
 from fiberexec._serialize import dumps_result
 
-from .helpers import LIMIT, eventually
+from .helpers import LIMIT, MIB, eventually, in_thread
 
 
 def _raises(kind: type[Exception], call: Callable[[], object]) -> bool:
@@ -135,3 +138,107 @@ def test_a_queue_that_waits_for_memory_goes_on_when_another_is_emptied() -> None
     other.get()
     other.close()
     assert len(full.get(timeout=LIMIT)) == 1 << 20
+
+
+# -- producers that wait for a place
+
+
+def full_queue() -> Any:
+    """A queue with one place, which is taken, of a hub that keeps 128 KiB for those who wait."""
+    queue = mp.Queue(1)
+    queue.put(None)
+    client.call("limit", wire.HUB, MIB)
+    return queue
+
+
+def asks(queue: Any, data: bytes, again: bool = False) -> client.Pending:
+    put = client.Pending(queue._hub, ("put", queue._id, ([pickle.dumps(data)], None, again)))
+    queue._call("size")  # the hub has seen it
+    return put
+
+
+def test_what_waits_for_a_place_takes_little_memory_and_all_of_it_comes() -> None:
+    queue = full_queue()
+    process = psutil.Process(launch._pid)
+    before = process.memory_info().rss
+    most = 0
+
+    def produce(name: int) -> None:
+        for number in range(3):
+            queue.put((name, number, bytes((4 * MIB, 10, 4 * MIB)[number])))
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, process.memory_info().rss)
+
+    done = threading.Event()
+    watcher = in_thread(watch)
+    producers = [in_thread(produce, name) for name in range(8)]
+    eventually(lambda: most > before + 2 * MIB)
+    assert queue.get(timeout=LIMIT) is None
+    got = [queue.get(timeout=LIMIT)[:2] for _ in range(24)]
+    done.set()
+    for each in (*producers, watcher):
+        each.join(LIMIT)
+    assert sorted(got) == [(name, number) for name in range(8) for number in range(3)]
+    for name in range(8):
+        assert [number for each, number in got if each == name] == [0, 1, 2]
+    assert most < before + 24 * MIB  # 32 waited
+
+
+def test_a_put_that_the_hub_does_not_keep_is_over_in_time() -> None:
+    queue = full_queue()
+    for timeout in (0, 0.05):
+        with pytest.raises(standard.Full):
+            queue.put(bytes(MIB // 4), timeout=timeout)
+    assert queue.get(timeout=LIMIT) is None
+    queue.put("next", block=False)
+    assert queue.get(timeout=LIMIT) == "next"
+    with pytest.raises(standard.Empty):
+        queue.get(block=False)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_who_does_not_send_again_holds_up_others_for_a_moment_at_most(interrupted: bool) -> None:
+    queue = full_queue()
+    first = asks(queue, bytes(MIB // 4))
+    assert queue.get(timeout=LIMIT) is None
+    if interrupted:
+        first.cancel()
+        queue.put(1, block=False)
+    else:
+        assert first.result() is None
+        with pytest.raises(standard.Full):
+            queue.put(1, block=False)
+        queue.put(1, timeout=LIMIT)
+    assert queue.get(timeout=LIMIT) == 1
+
+
+def test_who_sends_again_too_late_has_the_next_place() -> None:
+    queue = full_queue()
+    first = asks(queue, bytes(MIB // 4))
+    assert queue.get(timeout=LIMIT) is None
+    assert first.result() is None
+    queue.put(1, timeout=LIMIT)
+    others = asks(queue, b"2")
+    first = asks(queue, bytes(MIB // 4), again=True)
+    assert queue.get(timeout=LIMIT) == 1
+    assert first.result() is None
+    first = asks(queue, bytes(MIB // 4), again=True)
+    assert first.result() is True
+    assert len(queue.get(timeout=LIMIT)) == MIB // 4
+    assert others.result() is True
+    assert queue.get(timeout=LIMIT) == b"2"
+
+
+def test_what_comes_while_somebody_is_to_send_again_is_not_lost() -> None:
+    queue, filler = mp.Queue(), mp.SimpleQueue()
+    client.call("limit", wire.HUB, 1 * MIB)
+    filler.put(bytes(MIB))
+    first = asks(queue, bytes(MIB // 4))
+    filler.get()
+    filler.put(0)  # the hub has seen that
+    assert first.result() is None
+    queue.put("small")
+    assert queue.get(timeout=LIMIT) == "small"

@@ -18,7 +18,7 @@ from fiberexec import mp
 from fiberexec._hub import client, wire
 from fiberexec._messages import decode, encode
 from fiberexec._serialize import loads
-from fiberexec.mp import _consumer, queues
+from fiberexec.mp import _consumer, _feeder, queues
 
 from .helpers import LIMIT, SHORT, ended, process
 
@@ -111,6 +111,20 @@ def test_a_full_queue_says_so_in_time_and_lets_the_next_in_when_there_is_room(ki
     assert [queue.get() for _ in range(3)] == [1, 2, 3]
     helper.join(LIMIT)
     assert queue.empty() and not queue.full()
+
+
+def test_a_get_waits_no_longer_than_it_may_for_what_this_process_is_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, send = threading.Event(), _feeder.send
+    monkeypatch.setattr(_feeder, "send", lambda *args: go.wait(LIMIT) and send(*args))
+    queue = mp.Queue()
+    queue.put(1)
+    try:
+        with pytest.raises(standard.Empty):
+            queue.get(timeout=SHORT)
+        assert not _feeder.feeder.is_idle
+    finally:
+        go.set()
+    assert queue.get(timeout=LIMIT) == 1
 
 
 def test_what_was_put_here_is_counted_at_once() -> None:
