@@ -51,18 +51,19 @@ class _Channel:
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 20)
         replaced = (replaces.number, replaces.seen) if replaces is not None else (0, 0)
         hello = HELLO.pack(MAGIC, hub.token, key or _key, os.getpid(), self.number, *replaced) + frame
+        self.stream = Stream(sock)
         try:
             sock.connect(launch.way(hub))
             if fd >= 0:
                 _platform.send_fd(sock, hello, fd)
             else:
                 sock.sendall(hello)
-            self.stream = Stream(sock)
             _channels.add(self)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, OSError):
-                _lost(hub, error)
+        except OSError as error:
+            self.stream.close()
+            _lost(hub, error)
+        except BaseException:
+            _interrupted[self] = None  # it may be the only one that the hub knows: open until another replaces it
             raise
 
     def shutdown(self) -> None:

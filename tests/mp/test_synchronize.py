@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fiberexec import FiberExecutor, mp
+from fiberexec._hub import client
 
 from .helpers import LIMIT, SHORT, ended, eventually, in_thread, process
 
@@ -334,3 +335,19 @@ def test_numbers_of_any_kind_will_do() -> None:
     with pytest.raises(Full):
         queue.put(2, timeout=numpy.float64(0.01))
     assert queue.get(timeout=numpy.float64(LIMIT)) == 1
+
+
+def test_an_interrupt_while_a_connection_is_replaced_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Channels(set[client._Channel]):
+        def add(self, channel: client._Channel) -> None:
+            raise Interrupt
+
+    lock = mp.Lock()
+    lock.acquire()
+    assert len(client._channels) == 1
+    waiting = client.Pending(lock._hub, ("acquire", lock._id, (None,)))
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(client, "_channels", Channels(client._channels))
+        waiting.cancel()
+    lock.release()
+    assert lock.acquire(False)
