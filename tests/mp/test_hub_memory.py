@@ -20,7 +20,7 @@ from fiberexec._hub import client, launch, wire
 from fiberexec._messages import decode
 from fiberexec._serialize import dumps_result
 
-from .helpers import LIMIT, MIB, eventually, in_thread
+from .helpers import LIMIT, MIB, SHORT, eventually, in_thread
 
 
 def _raises(kind: type[Exception], call: Callable[[], object]) -> bool:
@@ -161,30 +161,22 @@ def test_what_waits_for_a_place_takes_little_memory_and_all_of_it_comes() -> Non
     queue = full_queue()
     process = psutil.Process(launch._pid)
     before = process.memory_info().rss
-    most = 0
 
     def produce(name: int) -> None:
         for number in range(3):
             queue.put((name, number, bytes((4 * MIB, 10, 4 * MIB)[number])))
 
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, process.memory_info().rss)
-
-    done = threading.Event()
-    watcher = in_thread(watch)
     producers = [in_thread(produce, name) for name in range(8)]
-    eventually(lambda: most > before + 2 * MIB)
+    eventually(lambda: len(client._channels) >= 8)
+    threading.Event().wait(10 * SHORT)  # for what must not stay
+    eventually(lambda: process.memory_info().rss < before + 16 * MIB)  # 32 wait
     assert queue.get(timeout=LIMIT) is None
     got = [queue.get(timeout=LIMIT)[:2] for _ in range(24)]
-    done.set()
-    for each in (*producers, watcher):
+    for each in producers:
         each.join(LIMIT)
     assert sorted(got) == [(name, number) for name in range(8) for number in range(3)]
     for name in range(8):
         assert [number for each, number in got if each == name] == [0, 1, 2]
-    assert most < before + 24 * MIB  # 32 waited
 
 
 def test_a_put_that_the_hub_does_not_keep_is_over_in_time() -> None:
