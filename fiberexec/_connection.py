@@ -18,6 +18,7 @@ from fiberexec._stream import Buffer, Stream
 
 _LONGEST = 1e12  # seconds, beyond which no task has taken
 
+
 class Payload:
     """What a task carries: its function, and the pickled arguments of its items."""
 

@@ -117,7 +117,7 @@ class Launcher:
                 except HubLost:
                     pass
                 except Exception as error:
-                    _logger.warning("%s", error)
+                    _logger.warning("%s", error, exc_info=None if isinstance(error, LaunchError) else error)
 
         try:
             threading.Thread(target=guarded, name="fiberexec-launcher-call", daemon=True).start()

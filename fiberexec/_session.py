@@ -23,8 +23,8 @@ _HEADER = struct.Struct("<4s16sQQQI")  # magic | session | stamp | acknowledged 
 _PACKET = struct.Struct("<IBQ")  # bytes of data | kind | channel
 KEY_SIZE = 16
 _AHEAD = 1 << 16  # packets may come so long before their turn
-_LONGEST = 1 << 20  # bytes of what one side's logic may say at once
 _AHEAD_BYTES = 16 * MESSAGE_BYTES  # ... of which so much is kept: twice of what is on the way at once
+_LONGEST = 1 << 20  # bytes of what one side's logic may say at once
 
 # Kinds of packets.
 CONTROL = 0  # a message from one side's logic to the other's, see encode()
