@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from commands import HOST, ROOT, dead_pid, run, told
+from places import eventually
 
 from fiberexec import FiberExecutor, WorkerLost, _platform
 from fiberexec._cli import jobs, processes, show
@@ -50,6 +51,7 @@ def test_ps_shows_the_workers_of_an_executor_and_nothing_else(system: None) -> N
     before = time.time()
     with FiberExecutor(2, min_workers=2, backend="local") as ex:
         child = ex.submit(fork).result()
+        eventually(lambda: all(worker.pid for worker in ex.workers()), DEADLINE)
         found = ids()
         ours = {name: row for name, row in found.items() if row["driver"] == f"{os.getpid()}@{HOST}"}
         assert set(ours) == {f"local-{worker.pid}" for worker in ex.workers()}
