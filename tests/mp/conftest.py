@@ -39,7 +39,7 @@ EVERYWHERE = {
 }  # fmt: skip
 # And those whose tests are about processes in jobs.
 ELSEWHERE = {"test_elsewhere", "test_elsewhere_memory", "test_elsewhere_queues"}
-# "docker" and "kubernetes" take half an hour each; and images are made while the first test waits.
+# "docker", "kubernetes" and "outpost" (pods as from outside) take half an hour each; images are made while the first waits.
 FURTHER = [pytest.param(name, marks=pytest.mark.timeout(400)) for name in os.environ.get("TEST_MP_BACKENDS", "").split()]
 BACKENDS = ["local", "agents", *FURTHER]
 
@@ -57,22 +57,26 @@ def backend(request: pytest.FixtureRequest, no_settings: None, monkeypatch: pyte
     """Where processes run in this test."""
     name: str = getattr(request, "param", "local")
     if name != "local":
-        monkeypatch.setenv("FIBEREXEC_BACKEND", name)
+        monkeypatch.setenv("FIBEREXEC_BACKEND", "kubernetes" if name == "outpost" else name)
     folder = tempfile.gettempdir()  # where tests and their processes meet
-    if name in ("docker", "kubernetes"):
+    image = ""
+    if name in ("docker", "kubernetes", "outpost") and not pods.IN_A_POD:
         image = services.worker_image(None, "numpy", "psutil", "pytest")
     if name == "docker":
         options = {"volumes": {folder: {"bind": folder, "mode": "rw"}}, "user": str(os.getuid())}
         monkeypatch.setenv("FIBEREXEC_IMAGE", image)
         monkeypatch.setenv("FIBEREXEC_BACKEND_OPTIONS", json.dumps(options))
-    elif name == "kubernetes":
-        for variable, value in pods.settings(request.getfixturevalue("space"), image, folder).items():
+    elif name in ("kubernetes", "outpost"):
+        for variable, value in pods.settings(request.getfixturevalue("space"), image, folder, name == "outpost").items():
             monkeypatch.setenv(variable, value)
     return name
 
 
 @pytest.fixture(scope="session")
 def space() -> Iterator[str]:
+    if pods.IN_A_POD:
+        yield ""
+        return
     with namespace("privileged") as name:  # its pods see a folder of this machine
         yield name
 
