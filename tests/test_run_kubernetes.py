@@ -144,6 +144,18 @@ def test_detach_attach_and_files_and_nothing_secret_is_to_be_seen(fx: Runner, na
     until(lambda: not left(namespace))
 
 
+def test_a_program_whose_end_has_been_seen_is_gone_however_long_the_cluster_keeps_its_pod(fx: Runner, namespace: str) -> None:
+    name = fx("run", "--detach", "python3", "-c", "raise SystemExit(3)", code=0).stdout.strip()
+    pod = kubectl("-n", namespace, "get", "pods", "-o", "name")
+    kubectl("-n", namespace, "patch", pod, "--type=merge", "-p", '{"metadata": {"finalizers": ["example.org/kept"]}}')
+    try:
+        fx("attach", "--backend", "kubernetes", name, code=3)
+        assert "its end has been seen" in fx("attach", "--backend", "kubernetes", name, code=1).stderr
+        assert kubectl("-n", namespace, "get", "pods", "-o", "name") == pod
+    finally:
+        kubectl("-n", namespace, "patch", pod, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+
+
 def test_kill_ends_program_and_workers(fx: Runner, namespace: str) -> None:
     command = fx.begin("run", "--name", "killed", "python3", "works.py")
     command.expect("up")

@@ -215,7 +215,8 @@ class KubernetesPlace:
             raise self._failed(error, f"removing {name}") from error
 
     def has(self, name: str) -> bool:
-        return self._pod(name) is not None
+        pod = self._pod(name)  # one that remove() has deleted stays until the cluster has counted it
+        return pod is not None and not ("deletionTimestamp" in pod["metadata"] and pods.has_ended(pod))
 
     # -- files
 
