@@ -78,7 +78,7 @@ except OSError as error:
 @linux
 def test_with_descriptors_for_some_workers_the_work_is_done_by_them(run: Run) -> None:
     out = run("""
-with FiberExecutor(40, startup_timeout=1) as ex:
+with FiberExecutor(40, startup_timeout=10) as ex:
     limit("RLIMIT_NOFILE", descriptors() + 25)
     def slow(n):
         time.sleep(0.01)
@@ -189,7 +189,7 @@ def test_with_memory_for_some_workers_the_work_is_done_by_them(run: Run, no_more
 def slow(n):
     time.sleep(0.01)
     return n * n
-with FiberExecutor(6, startup_timeout=1) as ex:
+with FiberExecutor(6, startup_timeout=10) as ex:
     allowed, end = int(os.environ["FORKS_ALLOWED"]), time.monotonic() + 30
     while ex.stats().started < allowed and time.monotonic() < end:
         assert list(ex.map(slow, range(60), timeout=30)) == [n * n for n in range(60)]
@@ -205,7 +205,7 @@ print("over")
 def test_what_is_finished_is_kept_when_no_more_worker_can_be_forked(run: Run, no_more_forks: Forks) -> None:
     out = run(
         """
-with FiberExecutor(1, startup_timeout=1) as ex:
+with FiberExecutor(1, startup_timeout=3) as ex:
     done = [ex.submit(square, n) for n in range(100)]
     assert [future.result(30) for future in done] == [n * n for n in range(100)]
     killer = ex.submit(os._exit, 1)
