@@ -32,6 +32,7 @@ from fiberexec.backends.base import Job, JobBackend, JobEnded
 SERVER = "hub"  # the name on the hub's certificate
 ENDED = ("exited", "dead", "succeeded", "failed")  # states of jobs of which nothing runs any more
 _AT_ONCE = 16  # calls of backends
+_LAST = 2.0  # seconds in which what is left of jobs is to be removed at the end; then it is the hub's affair
 _PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds after which a backend that failed to watch its jobs is asked again
 _logger = logging.getLogger("fiberexec")
 
@@ -59,8 +60,10 @@ class Launcher:
         self.id: int = client.call("new", HUB, "launcher", self.program, hub=self._hub)
         self._channel = client.subscribe(self._hub, ("events", self.id, ()))
         self._lock = threading.Lock()  # guards what follows
+        self._cleared = threading.Condition(self._lock)
         self._places: dict[str, _Place] = {}  # by settings
         self._jobs: dict[str, _Place] = {}  # that were started and have not ended
+        self._leaving: set[str] = set()  # that have ended, and of which something may be left
         self._wanted: set[str] = set()  # jobs that the hub has asked for, and not given up
         self._preparing: set[str] = set()  # jobs for which the way to the hub is being made, which may take its time
         self._closed = False
@@ -76,7 +79,9 @@ class Launcher:
             self._closed = True
             self._ending.set()
             places = list(self._places.values())
-        if not self._jobs:
+            self._cleared.wait_for(lambda: not self._leaving, _LAST)
+            left = self._jobs or self._leaving
+        if not left:
             try:
                 client.post(self._hub, ("leave", self.id, ()))
             except HubLost:
@@ -195,11 +200,27 @@ class Launcher:
     def _ended(self, found: list[JobEnded]) -> None:
         """What watch() of a backend reports."""
         for job, exit, final in found:
-            place = self._jobs.pop(job, None)
+            with self._lock:
+                place = self._jobs.pop(job, None)
+                if place is not None:
+                    self._leaving.add(job)
             self._wanted.discard(job)
             if place is not None:
                 self._post("ended", job, tuple(exit), final)
-                self._in_thread(place.backend.terminate, [job])  # what is left of it
+                self._in_thread(self._clear, place, job)
+
+    def _clear(self, place: _Place, job: str) -> None:
+        """Remove what is left of a job that has ended."""
+        try:
+            place.backend.terminate([job])
+        except Exception:
+            with self._lock:
+                self._jobs[job] = place
+            raise
+        finally:
+            with self._lock:
+                self._leaving.discard(job)
+                self._cleared.notify_all()
 
     def _post(self, op: str, *args: object) -> None:
         try:

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,28 @@ def test_a_container_with_the_name_of_its_host_is_another_place() -> None:
         pytest.skip(f"no namespaces may be made here: {found[1].stderr}")
     here, there = (done.stdout.strip() for done in found)
     assert here == _platform.pid_space() != there and len(there) == len(here) == 16
+
+
+# -- the end
+
+
+def test_what_is_left_of_jobs_is_removed_before_a_program_has_ended(
+    monkeypatch: pytest.MonkeyPatch, nothing_left_behind: None, until: Callable[..., Any]
+) -> None:
+    begun: list[str] = []
+    done: list[str] = []
+    terminate = AgentBackend.terminate
+
+    def slow(self: AgentBackend, jobs: Sequence[str]) -> None:
+        begun.extend(jobs)
+        if threading.current_thread() is not threading.main_thread():  # which closes the backend
+            time.sleep(1.0)  # as a busy engine
+        terminate(self, jobs)
+        done.extend(jobs)
+
+    monkeypatch.setattr(AgentBackend, "terminate", slow)
+    with FiberExecutor(3, backend="agents") as executor:
+        list(executor.map(time.sleep, [0.1] * 3))
+    until(lambda: not _launcher._launcher._jobs)  # type: ignore[union-attr]
+    launch.close()
+    assert begun and sorted(begun) == sorted(done)
