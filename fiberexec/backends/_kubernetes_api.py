@@ -37,7 +37,7 @@ class ApiError(Exception):
     @property
     def passing(self) -> bool:
         """Whether the same call may succeed later."""
-        return self.status == 0 or self.status in _PASSING
+        return self.status == 0 or self.status in _PASSING or (self.status == 409 and self.reason == "Conflict")
 
 
 class Setup(Exception):

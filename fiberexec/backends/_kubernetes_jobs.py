@@ -10,6 +10,7 @@ from fiberexec._errors import LaunchError
 from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends.base import Exit
 
+LASTING = 15.0  # seconds after which what passes sometimes is taken not to
 EARLY = 10.0  # seconds: a pod that ends by itself before may be one that cannot work
 _META = ("name", "deletionTimestamp", "deletionGracePeriodSeconds")
 _PROOFS = 3  # so many early ends, and none that lived longer, prove it
@@ -30,6 +31,8 @@ class Known:
         self.heard: pods.Trouble | None = None  # why it does not start, as its events say
         self.exit: Exit | None = None  # how it ended, where that is known before the end
         self.pod: dict[str, Any] = {}  # as it was last seen, without what is of no use
+        self._trouble: pods.Trouble | None = None  # why it does not start, as its object says
+        self._troubled = 0.0  # since when that is final
         self._running = 0.0  # since when
         self._gone = 0.0
 
@@ -44,11 +47,28 @@ class Known:
         self.gone = self.gone or gone
         if pods.is_running(pod):
             self._running = self._running or time.monotonic()
+        found = pods.trouble_of(pod)
+        if found is None or self._trouble is None or not pods.is_terse(found):
+            self._trouble = found
+            self._troubled = (self._troubled or time.monotonic()) if found is not None and found.final else 0.0
 
     @property
     def trouble(self) -> pods.Trouble | None:
         """Why it does not start, as far as that is known."""
-        return None if self._running or not self.pod else pods.trouble_of(self.pod) or self.heard
+        return None if self._running else self._trouble or self.heard
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it will not start."""
+        trouble = self.trouble
+        if trouble is None or not trouble.final:
+            return False
+        return not trouble.passes or time.monotonic() >= self._troubled + LASTING
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has started, and not ended."""
+        return bool(self._running) and not (self.gone or pods.has_ended(self.pod))
 
     @property
     def ran(self) -> bool:

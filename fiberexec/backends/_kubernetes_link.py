@@ -24,6 +24,7 @@ from fiberexec._session import KEY_SIZE
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends._kubernetes_api import Api, ApiError, Setup
+from fiberexec.backends._kubernetes_jobs import Known
 from fiberexec.backends._kubernetes_reader import Reader
 
 AGENTS, STREAM = 4711, 4712  # ports of the outpost's pod
@@ -104,6 +105,7 @@ class Link:
             found = self._api.call("GET", f"{self._jobs}/{self._name}")  # the answer to an earlier attempt was lost
         self._known = True
         since = time.monotonic()
+        known = Known()
         while True:
             pod = self._look()
             if pod is not None and pod.get("status", {}).get("podIP") and pods.is_running(pod):
@@ -111,7 +113,7 @@ class Link:
                 self._pod = pods.name(pod)
                 self._address = f"[{host}]:{AGENTS}" if ":" in host else f"{host}:{AGENTS}"
                 return found
-            self._check(pod, time.monotonic() - since)
+            self._check(pod, known, time.monotonic() - since)
             if time.monotonic() > self._told["deadline"]:
                 raise LaunchError(f"Kubernetes: pod {self._name} did not start: {self._story(pod)}", final=True)
             if self.over:
@@ -122,7 +124,7 @@ class Link:
         """Its pod, if there is one."""
         return next(iter(self._reader.pods(f"job-name={self._name}")), None)
 
-    def _check(self, pod: dict[str, Any] | None, waited: float) -> None:
+    def _check(self, pod: dict[str, Any] | None, known: Known, waited: float) -> None:
         """Raise for what will not get better."""
         if pod is None:
             if waited > _LATE:
@@ -137,10 +139,11 @@ class Link:
             why = errors.ended_early(exit, pods.name(pod), image)
             why = why or f"pod {pods.name(pod)} ended with exit code {exit.code}: {exit.log}"
             raise LaunchError(f"Kubernetes: {why}", final=not exit.infrastructure)
-        trouble = pods.trouble_of(pod)
+        known.see(pod, False)
+        trouble = known.trouble
         if trouble is not None:
             text = f"Kubernetes: {errors.stuck(trouble, pods.name(pod), image, self._namespace)}"
-            if trouble.final:
+            if known.hopeless:
                 raise LaunchError(text, final=True)
             if trouble.reason not in self._warned and waited > 1.0:
                 self._warned.add(trouble.reason)

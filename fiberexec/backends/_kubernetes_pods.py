@@ -18,18 +18,22 @@ _IMAGE = frozenset(
 _CREATE = frozenset("CreateContainerConfigError CreateContainerError RunContainerError PostStartHookError".split())
 # Why an image will not come however long one waits. What is not named here may pass: a busy registry, a slow network.
 _NO_IMAGE = re.compile(
-    r"not found|manifest unknown|pull access denied|insufficient_scope|unauthorized|authentication required|denied: |"
-    r"no match for platform|no such host|invalid reference|parse image ref|403 Forbidden|server gave HTTP response",
+    r"not found|manifest unknown|pull access denied|insufficient_scope|no match for platform|invalid reference|"
+    r"parse image ref|server gave HTTP response",
     re.IGNORECASE,
 )
+# And why it does not if that lasts: name servers, registries' logins and whoever counts pulls have their moments.
+_REFUSED = re.compile(r"unauthorized|authentication required|denied: |no such host|403 Forbidden", re.IGNORECASE)
+_NO_ROOT = re.compile(r"runAsNonRoot|run as root")  # of what an image is: it stays so
 
 
 class Trouble(NamedTuple):
-    """Why a pod has not started. ``final``: and will not."""
+    """Why a pod has not started. ``final``: and will not; where it ``passes`` sometimes: if it lasts."""
 
     reason: str
     message: str
     final: bool
+    passes: bool = False
 
 
 def worker_of(pod: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,15 +108,21 @@ def trouble_of(pod: Mapping[str, Any]) -> Trouble | None:
         reason, message = str(waiting.get("reason") or ""), str(waiting.get("message") or "")
         if reason in _IMAGE:
             final = reason in ("ErrImageNeverPull", "InvalidImageName") or bool(_NO_IMAGE.search(message))
-            return Trouble(reason, message or f"the image cannot be had: {image(pod)}", final)
-        if reason in _CREATE:
-            return Trouble(reason, message, True)
+            passes = not final and bool(_REFUSED.search(message))
+            return Trouble(reason, message or f"the image cannot be had: {image(pod)}", final or passes, passes)
+        if reason in _CREATE:  # a kubelet that has just started, or is busy, fails by itself, and tries again
+            return Trouble(reason, message, True, not _NO_ROOT.search(message))
         if reason == "CrashLoopBackOff":
             return Trouble(reason, f"container {one.get('name')!r} ends again and again: {message}", True)
     for one in status.get("conditions") or ():
         if one.get("type") == "PodScheduled" and one.get("status") == "False":
             return Trouble(str(one.get("reason") or "Unschedulable"), str(one.get("message") or ""), False)
     return None
+
+
+def is_terse(trouble: Trouble) -> bool:
+    """Whether it only says that there was trouble: older kubelets tell why at each attempt, and not between them."""
+    return trouble.reason == "ImagePullBackOff" and bool(re.fullmatch(r'Back-off pulling image "[^"]*"', trouble.message))
 
 
 def name(pod: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends._image_errors import quoted
 from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines, shut
-from fiberexec.backends._kubernetes_jobs import Known, Verdicts
+from fiberexec.backends._kubernetes_jobs import LASTING, Known, Verdicts
 from fiberexec.backends._kubernetes_make import Maker
 from fiberexec.backends._kubernetes_outpost import Way
 from fiberexec.backends._kubernetes_reader import Reader, described
@@ -42,7 +42,6 @@ _LINGER = 5.0  # seconds that processes of a pod may live whose object somebody 
 _SOON = 0.1  # seconds until what has happened is looked at
 _LOOK = 5.0  # seconds between looks at the events of a pod that does not start
 _SETUP = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")  # events that no pod's own state tells
-_MISSING = 15.0  # seconds after which what a pod mounts, and is not there, is taken not to come
 _logger = logging.getLogger("fiberexec")
 
 
@@ -138,7 +137,7 @@ class KubernetesBackend:
                 known.image = self._maker.make(job)
         except BaseException as error:
             known.starting = False
-            if creating and not (isinstance(error, ApiError) and error.status == 409):  # a pod of that name is not ours
+            if creating and not (isinstance(error, ApiError) and error.reason == "AlreadyExists"):  # that pod is not ours
                 self.terminate([job.id])
             else:
                 with self._lock:
@@ -257,6 +256,7 @@ class KubernetesBackend:
             owed = [(job, known) for job, known in self._jobs.items() if known.owed]
             lingering = [(job, known) for job, known in self._jobs.items() if known.lingers]
             waiting = [(job, known) for job, known in self._jobs.items() if known.waits and known.started]
+            running = {known.image for known in self._jobs.values() if known.runs} if waiting else set()
         self._due = now + 0.5 if lingering else now + _LOOK if waiting or owed else None
         if waiting and self._due is not None:
             self._due = min(self._due, max(now + _SOON, min(known.asked for _, known in waiting) + self._patience))
@@ -267,7 +267,7 @@ class KubernetesBackend:
         ended = [self._end(job, known) for job, known in lingering if known.over(_LINGER)]
         for job, known in waiting:
             trouble = known.trouble
-            if trouble is not None and trouble.final and not self._verdicts.works(known.image):
+            if trouble is not None and known.hopeless and known.image not in running and not self._verdicts.works(known.image):
                 self._give_up(job, known, trouble)
             elif now >= known.asked + self._patience:
                 if trouble is None:
@@ -282,7 +282,7 @@ class KubernetesBackend:
             for reason, message in self._reader.events(job):
                 # The Secret with the credentials is ours, and on its way.
                 if reason in _SETUP and options.CREDENTIALS_VOLUME not in message:
-                    missing = "not found" in message and now > known.since + _MISSING
+                    missing = "not found" in message and now > known.since + LASTING
                     known.heard = pods.Trouble(reason, message, missing)
         return ended
 
