@@ -32,6 +32,8 @@ from fiberexec.backends._kubernetes_reader import Reader
 
 MARGIN = 10.0  # seconds beyond driver_timeout
 ROLE = "fiberexec.role"  # the label by which it is told from workers' pods
+_CLOSE = 5.0  # seconds that one which is being made may take to go
+_POLL = 0.05  # seconds
 _TTL = 10  # seconds that a Job which has ended stays: its log may say why
 _SIZE = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}}
 
@@ -52,6 +54,7 @@ class Way:
         self._told = context, timeout, patience
         self._lock = threading.Lock()  # guards _outpost: one is made, and the others wait for it
         self._outpost: Outpost | None = None
+        self._coming: Outpost | None = None  # that is being made
         self._failed: tuple[float, LaunchError] | None = None  # the last attempt, and when it ended
         self._made = 0.0  # when the last one was
         self._closed = False
@@ -61,9 +64,9 @@ class Way:
         """Where agents dial. Raises ApiError, Setup and LaunchError."""
         asked = time.monotonic()
         with self._lock:
+            if self._closed:
+                raise LaunchError("the backend is closed", final=True)
             if self._outpost is None or not self._outpost.alive:
-                if self._closed:
-                    raise LaunchError("the backend is closed", final=True)
                 self._verdicts.check()
                 if self._failed is not None and self._failed[0] > asked:
                     raise self._failed[1]  # who has waited for that attempt has waited long enough
@@ -75,13 +78,16 @@ class Way:
                 body = job(self._maker.pod(name, program, ["python"]), self._told[1])
                 try:
                     known = bool(self._made)
-                    self._outpost = Outpost(body, self._reader.namespace(), port, *self._told, known, self._warn)
+                    self._coming = Outpost(body, self._reader.namespace(), port, *self._told, known)
+                    self._coming.connect(self._warn)
+                    self._outpost = self._coming
                 except LaunchError as error:
                     self._failed = time.monotonic(), error
                     if error.final:
                         self._verdicts.settle(str(error))
                     raise
                 finally:
+                    self._coming = None
                     self.trouble = ""
                 self._maker.owner = self._outpost.owner
                 self._made = time.monotonic()
@@ -97,17 +103,26 @@ class Way:
         return not self._made or (outpost is not None and outpost.alive and self._made <= since)
 
     def close(self) -> None:
-        """Remove the outpost, and with it everything that it owns. One that is being made goes with this process."""
+        """Remove the outpost, and with it everything that it owns."""
         self._closed = True
-        if self._lock.acquire(timeout=1.0):
-            outpost, self._outpost = self._outpost, None
-            self._lock.release()
-            if outpost is not None:
-                outpost.close()
+        end = time.monotonic() + _CLOSE
+        while not self._lock.acquire(timeout=_POLL):
+            coming = self._coming
+            if coming is not None:
+                coming.stop()
+            if time.monotonic() > end:
+                return  # the API server does not answer, and the link goes when it does
+        outpost, self._outpost = self._outpost, None
+        self._lock.release()
+        if outpost is not None:
+            outpost.close()
 
 
 class Outpost:
-    """An outpost, and the process with the link to it. Made when both are there. Raises LaunchError."""
+    """An outpost, and the process with the link to it, which makes it."""
+
+    address: str  # "host:port"
+    owner: dict[str, Any]  # of all pods, as an ownerReference
 
     def __init__(
         self,
@@ -118,12 +133,11 @@ class Outpost:
         timeout: float,
         patience: float,
         known: bool,
-        warn: Callable[[str], None],
     ) -> None:
         """``body``: of the Job; ``port``: of the hub here; ``timeout``: driver_timeout; ``known``: whether the API server has
-        ever answered; ``warn``: is told why it takes long.
+        ever answered.
         """
-        told = {
+        self._told = {
             "job": body,
             "context": context,
             "namespace": namespace,
@@ -141,9 +155,12 @@ class Outpost:
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C is for the driver, which needs the link to end its workers.
         self._process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, start_new_session=True)
+
+    def connect(self, warn: Callable[[str], None]) -> None:
+        """Wait until both are there; ``warn`` is told why it takes long. Raises LaunchError."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(told).encode() + b"\n")
+            self._process.stdin.write(json.dumps(self._told).encode() + b"\n")
             self._process.stdin.flush()
             found: dict[str, Any] = {"warning": ""}
             while "warning" in found:
@@ -158,14 +175,17 @@ class Outpost:
         if "failed" in found:
             self.close()
             raise LaunchError(found["failed"], final=found["final"])
-        self.address: str = found["address"]  # "host:port"
-        self.owner: dict[str, Any] = found["owner"]  # of all pods, as an ownerReference
+        self.address, self.owner = found["address"], found["owner"]
         self._process.stdout.close()
 
     @property
     def alive(self) -> bool:
         """Whether agents can still come by it."""
         return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Have it removed. Any thread may ask; connect() raises then, if it has not returned."""
+        self._process.terminate()
 
     def close(self) -> None:
         """Remove it, with everything that it owns."""
@@ -174,7 +194,7 @@ class Outpost:
                 self._process.stdin.close()  # the link removes the Job when it sees that
             except OSError:
                 pass
-        self._process.terminate()  # the same, where a forked child of this process holds stdin open
+        self.stop()  # the same, where a forked child of this process holds stdin open
         if self._process.stdout is not None:
             self._process.stdout.close()
         try:

@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import services
 
+from fiberexec import FiberExecutor
+from fiberexec._hub import launch
 from fiberexec.backends._kubernetes_api import ApiError
 from fiberexec.backends._kubernetes_link import Link
 
@@ -62,6 +65,20 @@ say(future.cancelled())
     driver.tell()
     assert driver.says(0, 20) is True
     assert driver.end() == 0
+    eventually(lambda: left(own_space) == [])
+
+
+def test_an_outpost_that_is_being_made_goes_before_its_program_is_closed(
+    own_space: str, monkeypatch: pytest.MonkeyPatch, nothing_left_behind: None
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", services.require_kubernetes())
+    options = {"namespace": own_space}
+    pool = FiberExecutor(1, backend="kubernetes", image="localhost:1/no/such:image", backend_options=options)
+    pool.submit(int)
+    eventually(lambda: left(own_space) != [])
+    pool.shutdown(cancel_futures=True)
+    launch.close()
+    assert not [one for one in psutil.Process().children() if Link.__module__ in " ".join(one.cmdline())]
     eventually(lambda: left(own_space) == [])
 
 
