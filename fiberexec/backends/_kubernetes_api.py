@@ -20,6 +20,8 @@ _CONNECT = 5.0  # seconds that a connection may take
 _READ = 30.0  # and an answer
 PATIENCE = 30.0  # seconds for which a call is made again, where its caller does not say
 _LONGEST = 10.0  # between attempts, where the server does not say how long
+_ASKED = 60.0  # and where it does
+_UNHEARD = 10.0  # seconds after which a connection is dead that confirms nothing of what was sent
 _PASSING = (429, 500, 502, 503, 504)
 _RENEWED = 5.0  # seconds: credentials are not read more often
 
@@ -61,7 +63,11 @@ class _Server:
             if configuration.cert_file:
                 # Now: the SDK removes the file at exit, before the last pods have been removed.
                 context.load_cert_chain(configuration.cert_file, configuration.key_file)
+        # A pooled connection may have died unnoticed, by a laptop's sleep or a router that forgets: there is time for another.
+        unheard = [(socket.IPPROTO_TCP, getattr(socket, "TCP_USER_TIMEOUT", 0), round(1000 * _UNHEARD))]
+        usual = urllib3.connection.HTTPConnection.default_socket_options
         keywords: dict[str, Any] = {"maxsize": connections, "ssl_context": context, "retries": False}
+        keywords["socket_options"] = usual + [option for option in unheard if option[1]]
         if getattr(configuration, "tls_server_name", None):
             keywords["server_hostname"] = configuration.tls_server_name
         rest = import_module("kubernetes.client.rest")
@@ -184,7 +190,7 @@ class Api:
         policy = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, ApiError) and error.passing),
             wait=wait_for_server,
-            stop=tenacity.stop_any(tenacity.stop_after_delay(patience), tenacity.stop_when_event_set(self._closed)),
+            stop=tenacity.stop_any(tenacity.stop_before_delay(patience), tenacity.stop_when_event_set(self._closed)),
             sleep=tenacity.sleep_using_event(self._closed),
             reraise=True,
         )
@@ -256,7 +262,7 @@ def wait_for_server(state: Any) -> float:
 
     jittered = float(tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST)(state))
     error = state.outcome.exception() if state.outcome is not None else None
-    return jittered + (error.retry_after if isinstance(error, ApiError) else 0.0)
+    return jittered + (min(error.retry_after, _ASKED) if isinstance(error, ApiError) else 0.0)
 
 
 def lines(response: Any) -> Iterator[bytes]:

@@ -19,6 +19,8 @@ from fiberexec.backends._kubernetes_api import Api, ApiError
 from fiberexec.backends._kubernetes_reader import Reader
 from fiberexec.backends.base import Job
 
+_GRACE = 1  # seconds: with 0 the object would go at once, and its processes live on
+_PATIENCE = 5.0  # seconds for which the driver's own pod is asked for
 _logger = logging.getLogger("fiberexec")
 
 
@@ -32,6 +34,7 @@ class Maker:
         self._driver = f"{os.getpid()}@{_platform.host_name()}"
         self._lock = threading.Lock()
         self._own: dict[str, Any] | None = None  # the driver's pod; {}: none that could own anything
+        self._failed: tuple[float, ApiError] | None = None  # the last attempt to look at it, and when it ended
         self.owner: dict[str, Any] | None = None  # of all pods that are made, where that is not the driver's
 
     def pod(self, name: str, program: str, command: list[str]) -> dict[str, Any]:
@@ -79,6 +82,11 @@ class Maker:
         self._post("secrets", secret, job)
         return pods.image(body)
 
+    def unmake(self, job: str, patience: float | None = None) -> None:
+        """Delete a pod; its Secret goes with it. ``patience``: see Api.call(). Raises ApiError and Setup."""
+        body = {"gracePeriodSeconds": _GRACE, "propagationPolicy": "Background"}
+        self._api.call("DELETE", self._reader.path("pods", job), body=body, patience=patience)
+
     def _post(self, kind: str, body: Any, job: Job) -> Any:
         try:
             return self._api.call("POST", self._reader.path(kind), body=body)
@@ -93,20 +101,34 @@ class Maker:
             return found
 
     def _own_pod(self) -> dict[str, Any]:
-        """The pod in which this program is, {} for none."""
+        """The pod in which this program is, {} for none. Raises ApiError for what passes, and where its image is needed."""
+        asked = time.monotonic()
         with self._lock:
             if self._own is None:
-                self._own = {}
-                if self._api.in_cluster:
-                    try:
-                        path = f"/api/v1/namespaces/{self._api.namespace()}/pods/{socket.gethostname()}"
-                        self._own = self._api.call("GET", path, patience=5.0)
-                    except ApiError as error:
-                        _logger.debug("this pod cannot be looked at: %s", error)
-                        if not (self._wanted.image or self._wanted.template):
-                            self._own = None
-                            raise
-            return self._own or {}
+                if self._failed is not None and self._failed[0] > asked:
+                    raise self._failed[1]  # who has waited for that attempt has waited long enough
+                try:
+                    self._own = self._looked_at() if self._api.in_cluster else {}
+                except ApiError as error:
+                    if error.passing or not (self._wanted.image or self._wanted.template):
+                        self._failed = time.monotonic(), error
+                        raise
+                    self._own = {}
+                    if self._api.namespace() == self._reader.namespace():
+                        _logger.warning(
+                            "Kubernetes: the pod in which this program is cannot be looked at, so its workers' pods do not "
+                            "belong to it: if it is killed, they stay, ended, until somebody removes them (fiberexec clean). "
+                            "Why: %s%s",
+                            str(error),
+                            " (a host name that is not the pod's: hostNetwork?)" if error.status == 404 else "",
+                        )
+                self._failed = None
+            return self._own
+
+    def _looked_at(self) -> dict[str, Any]:
+        path = f"/api/v1/namespaces/{self._api.namespace()}/pods/{socket.gethostname()}"
+        found: dict[str, Any] = self._api.call("GET", path, patience=_PATIENCE)
+        return found
 
 
 def _owner(pod: dict[str, Any]) -> dict[str, Any]:

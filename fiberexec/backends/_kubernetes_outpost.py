@@ -26,8 +26,10 @@ from fiberexec import _tunnel
 from fiberexec._errors import LaunchError
 from fiberexec.backends import _kubernetes_link as link
 from fiberexec.backends import _kubernetes_pods as pods
+from fiberexec.backends._kubernetes_api import Api
 from fiberexec.backends._kubernetes_jobs import Verdicts
 from fiberexec.backends._kubernetes_make import Maker
+from fiberexec.backends._kubernetes_options import Options
 from fiberexec.backends._kubernetes_reader import Reader
 
 MARGIN = 10.0  # seconds beyond driver_timeout
@@ -43,15 +45,17 @@ _logger = logging.getLogger("fiberexec")
 
 
 class Way:
-    """How agents reach this host: by an outpost, which is made when it is first needed, and again when it has gone."""
+    """How agents reach this host: directly, or by an outpost, which is made when it is needed first, or gone."""
 
     def __init__(
-        self, maker: Maker, reader: Reader, verdicts: Verdicts, context: str | None, timeout: float, patience: float
+        self, api: Api, maker: Maker, reader: Reader, verdicts: Verdicts, wanted: Options, timeout: float, patience: float
     ) -> None:
+        self._api = api
+        self._given = wanted.advertise
         self._maker = maker
         self._reader = reader
         self._verdicts = verdicts
-        self._told = context, timeout, patience
+        self._told = wanted.context, timeout, patience
         self._lock = threading.Lock()  # guards _outpost: one is made, and the others wait for it
         self._outpost: Outpost | None = None
         self._coming: Outpost | None = None  # that is being made
@@ -60,8 +64,28 @@ class Way:
         self._closed = False
         self.trouble = ""  # why the one that is being made is not there yet, as far as that is known
 
-    def reach(self, port: int, program: str) -> str:
+    def advertise(self) -> tuple[str, ...]:
+        """See JobBackend. Raises Setup and LaunchError."""
+        if self._given:
+            return self._given
+        if not self._api.in_cluster:
+            return ("127.0.0.1",)
+        address = self._api.own_address()
+        if not address:
+            raise LaunchError(
+                "Kubernetes: this pod has no address under which others could reach it: say one, "
+                'backend_options={"advertise_address": ...}',
+                final=True,
+            )
+        return (address,)
+
+    def reach(self, port: int, program: str) -> tuple[str, ...]:
         """Where agents dial. Raises ApiError, Setup and LaunchError."""
+        if self._given or self._api.in_cluster:
+            return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
+        return (self._outpost_for(port, program),)
+
+    def _outpost_for(self, port: int, program: str) -> str:
         asked = time.monotonic()
         with self._lock:
             if self._closed:
@@ -73,7 +97,6 @@ class Way:
                 if self._outpost is not None:
                     self._outpost.close()
                     self._outpost = None
-                self._maker.owner = None
                 name = f"{program}-outpost-{os.urandom(2).hex()}"
                 body = job(self._maker.pod(name, program, ["python"]), self._told[1])
                 try:

@@ -70,8 +70,21 @@ def exit_of(pod: Mapping[str, Any], *, removed: bool = False) -> Exit:
         return Exit(code, word, f"pod {name(pod)}: {text}\n")
     if removed or _was_deleted_first(pod, last):
         return Exit(code, "Deleted", f"pod {name(pod)} was deleted by somebody\n", infrastructure=True)
+    if not last and (failed := _failed_before(pod)):
+        return failed
     said = message or text
     return Exit(code, "" if reason in ("Error", "Completed") else reason or word, f"{said}\n" if said else "")
+
+
+def _failed_before(pod: Mapping[str, Any]) -> Exit | None:
+    """How an init container failed, without which the worker did not start."""
+    for one in pod.get("status", {}).get("initContainerStatuses") or ():
+        ended = (one.get("state") or {}).get("terminated") or {}
+        if code := signed(ended.get("exitCode")):
+            reason, said = str(ended.get("reason") or ""), str(ended.get("message") or "")
+            more = (f" ({reason})" if reason not in ("", "Error") else "") + (f": {said}" if said else "")
+            return Exit(code, "", f"init container {one.get('name')!r} ended with exit code {code}{more}\n")
+    return None
 
 
 def _disruption(pod: Mapping[str, Any]) -> tuple[str, str] | None:

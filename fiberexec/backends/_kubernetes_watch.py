@@ -55,7 +55,8 @@ class Watch:
         self._version = ""  # of what has been seen; "": list first
         self._stream: Any = None
         self._ready = threading.Event()
-        self._error: Exception | None = None  # why there is no list yet
+        self._error: Exception | None = None  # why there is none, and will be none
+        self._said: ApiError | None = None  # what the server has said last instead of listing: it is there
         self._closed = threading.Event()
         self._failed = False
         self._thread = threading.Thread(target=self._run, name="fiberexec-kubernetes-watch", daemon=True)
@@ -64,7 +65,8 @@ class Watch:
     def wait(self, seconds: float) -> None:
         """Return when pods are being watched. Raises ApiError and Setup where that cannot be."""
         if not self._ready.wait(seconds) or self._error is not None:
-            raise self._error or ApiError(0, "", f"it has not listed pods within {seconds:g} s", self._api.server().url)
+            silent = ApiError(0, "", f"it has not listed pods within {seconds:g} s", self._api.server().url)
+            raise self._error or self._said or silent
 
     def subscribe(self, into: queue.SimpleQueue[Any]) -> None:
         with self._lock:
@@ -120,6 +122,8 @@ class Watch:
             if isinstance(error, Setup) or error.status in _FINAL:
                 self._error = error
                 self._ready.set()
+            elif error.status not in (0, 410):
+                self._said = error
             raise
 
     def _list(self) -> None:
@@ -151,7 +155,7 @@ class Watch:
             self._stream = stream
         if self._closed.is_set():
             shut(stream)
-        self._error = None
+        self._error = self._said = None
         self._ready.set()
         if self._failed:
             self._failed = False

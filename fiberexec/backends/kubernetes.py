@@ -27,7 +27,7 @@ from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends._image_errors import quoted
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines, shut
+from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines
 from fiberexec.backends._kubernetes_jobs import LASTING, Known, Verdicts
 from fiberexec.backends._kubernetes_make import Maker
 from fiberexec.backends._kubernetes_outpost import Way
@@ -36,7 +36,6 @@ from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
 
 _STARTS = 10  # pods that are created at once
 _WORKERS = 8  # where the user does not say how many
-_GRACE = 1  # seconds: with 0 the object would go at once, and its processes live on
 _ASKED = 5.0  # seconds for which who asks what there is waits for a server that is busy or away
 _LINGER = 5.0  # seconds that processes of a pod may live whose object somebody has removed by force
 _SOON = 0.1  # seconds until what has happened is looked at
@@ -74,9 +73,10 @@ class KubernetesBackend:
         self._api = Api(wanted.context)
         self._reader = Reader(self._api, wanted.namespace)
         self._maker = Maker(self._api, self._reader, wanted)
-        self._way = Way(self._maker, self._reader, self._verdicts, wanted.context, settings.driver_timeout, self._patience)
+        self._way = Way(self._api, self._maker, self._reader, self._verdicts, wanted, settings.driver_timeout, self._patience)
         self._watch: watches.Watch | None = None
         self._answered = False
+        self._watching = False  # watch() is at work
         self._closed = False
         self._due: float | None = None  # when watch() has to _look()
         self._looked = 0.0
@@ -95,28 +95,15 @@ class KubernetesBackend:
 
     def advertise(self) -> tuple[str, ...]:
         """The address given, or the pod's own. Outside the cluster the hub listens for this host alone: see reach()."""
-        if self._options.advertise:
-            return self._options.advertise
-        if not self._api.in_cluster:
-            return ("127.0.0.1",)
         try:
-            address = self._api.own_address()
+            return self._way.advertise()
         except Exception as error:
             raise self._failed(error, "looking for the cluster") from error
-        if not address:
-            raise LaunchError(
-                "Kubernetes: this pod has no address under which others could reach it: say one, "
-                'backend_options={"advertise_address": ...}',
-                final=True,
-            )
-        return (address,)
 
     def reach(self, port: int, program: str) -> tuple[str, ...]:
         """Addresses in the cluster are reached directly, a driver outside by an outpost, which is made here."""
-        if self._options.advertise or self._api.in_cluster:
-            return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.advertise())
         try:
-            return (self._way.reach(port, program),)
+            return self._way.reach(port, program)
         except Exception as error:
             raise self._failed(error, "making an outpost") from error
 
@@ -174,8 +161,7 @@ class KubernetesBackend:
     def _discard(self, job: str, known: Known) -> None:
         """Delete a pod; one that cannot be deleted now is deleted later, by watch()."""
         try:
-            body = {"gracePeriodSeconds": _GRACE, "propagationPolicy": "Background"}
-            self._api.call("DELETE", self._reader.path("pods", job), body=body, patience=0.0)
+            self._maker.unmake(job, 0.0)
             known.deleted = True
         except (ApiError, Setup) as error:
             if isinstance(error, ApiError) and error.status == 404:
@@ -204,7 +190,11 @@ class KubernetesBackend:
     # -- watching
 
     def watch(self, report: Callable[[list[JobEnded]], None]) -> None:
-        """Report ends until close()."""
+        """Report ends until close(). After an error it may be called again."""
+        with self._lock:
+            self._watching = True
+            for job in self._jobs:
+                self._queue.put(job)
         try:
             while True:
                 try:
@@ -223,10 +213,16 @@ class KubernetesBackend:
                     report(ended)
         finally:
             with self._lock:
-                watch, self._watch = self._watch, None
-            if watch is not None:
-                watches.release(watch, self._queue)
-            self._api.close()
+                self._watching = False
+            if self._closed:
+                self._release()
+
+    def _release(self) -> None:
+        with self._lock:
+            watch, self._watch = self._watch, None
+        if watch is not None:
+            watches.release(watch, self._queue)
+        self._api.close()
 
     def _take(self, item: Any) -> list[JobEnded]:
         """Note what has been seen; returns the ends that are certain by it."""
@@ -323,10 +319,10 @@ class KubernetesBackend:
             others = any(other.ran for other in self._jobs.values())
         reason, final = errors.ended_early(exit, job, known.image), ""
         if self._verdicts.learn(known.image, known.seconds, exit, reason, others):
-            if not reason:
-                reason = f"pods of image {known.image!r} end at once. Pod {job} ended with exit code {exit.code}"
+            last = "" if reason else quoted(exit.log)
+            reason = reason or f"pods of image {known.image!r} end at once. Pod {job} ended with exit code {exit.code}"
             happened = self._reader.story(job)
-            final = f"Kubernetes: {reason}" + (f". Its events:\n{happened}" if happened else "")
+            final = f"Kubernetes: {reason}{last}" + (f". Its events:\n{happened}" if happened else "")
             self._verdicts.settle(final)
         return JobEnded(job, exit._replace(log=f"{exit.log}{reason}\n") if reason else exit, final)
 
@@ -337,7 +333,7 @@ class KubernetesBackend:
         with self._lock:
             known = self._jobs.get(job)
         if known is None or not known.pod:
-            return self._verdicts.text or self._way.trouble
+            return (self._verdicts.text if self._verdicts.hold else "") or self._way.trouble
         if known.trouble is not None:
             return errors.stuck(known.trouble, job, known.image, self._namespace)
         node = pods.node(known.pod)
@@ -373,11 +369,8 @@ class KubernetesBackend:
             if error.status == 404:
                 raise FiberError(f"there is no job {job!r} in namespace {self._namespace}") from None
             raise self._failed(error, f"reading the log of {job}") from error
-        try:
-            for line in lines(stream):
-                yield line.decode("utf-8", "replace")
-        finally:
-            shut(stream)
+        for line in lines(stream):  # which ends the stream when nobody reads on
+            yield line.decode("utf-8", "replace")
 
     def remove(self, program: str) -> int:
         """Delete all pods of a program, and with them their Secrets; returns how many there were."""
@@ -393,8 +386,7 @@ class KubernetesBackend:
 
     def _removed(self, job: str) -> None:
         try:
-            body = {"gracePeriodSeconds": _GRACE, "propagationPolicy": "Background"}
-            self._api.call("DELETE", self._reader.path("pods", job), body=body)
+            self._maker.unmake(job)
         except ApiError as error:
             if error.status != 404:
                 raise self._failed(error, f"removing pod {job}") from error
@@ -403,5 +395,8 @@ class KubernetesBackend:
         """End watch()."""
         with self._lock:
             self._closed = True
+            watching = self._watching
         self._queue.put(None)
+        if not watching:
+            self._release()
         self._way.close()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
 
-from fiberexec import LaunchError
+from fiberexec import LaunchError, _config
 from fiberexec.backends import _kubernetes_api as api
 from fiberexec.backends import _kubernetes_jobs as jobs
+from fiberexec.backends import _kubernetes_make as make
+from fiberexec.backends import _kubernetes_outpost as outpost
+from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends import kubernetes as backend
 from fiberexec.backends._kubernetes_link import Link
+from fiberexec.backends.base import Job, JobEnded
 
 from .conftest import Place, eventually
-from .fake import Fake, failure
+from .fake import NAMESPACE, Fake, failure
 from .test_faults import SOON, first
 
 PASSING = [
@@ -137,3 +144,155 @@ def test_a_pod_whose_secret_is_refused_for_that_does_not_stay(
         one.start(1, "")
     assert not caught.value.final
     eventually(lambda: not fake.pods and not one.backend._jobs, SOON)
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_server_that_is_busy_at_the_start_is_no_server_that_is_not_there(
+    code: int, fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watches, "PATIENCE", 1.0)
+    fake.before = lambda method, path, query: failure(code, message="too many requests, please try again later")
+    with pytest.raises(LaunchError, match="please try again later") as caught:
+        one.start(1, "")
+    assert not caught.value.final and "VPN" not in str(caught.value)
+    fake.before = lambda *_: None
+    one.start(2, "")
+
+
+@pytest.fixture
+def inside(fake: Fake, one: Place) -> str:
+    """The program is in a pod, whose path in the API this is, if there is such a pod."""
+    one.backend._api.server()
+    one.backend._api.in_cluster = True
+    return f"/api/v1/namespaces/{NAMESPACE}/pods/{socket.gethostname()}"
+
+
+def test_an_owner_that_could_not_be_looked_at_once_owns_all_pods(
+    fake: Fake, one: Place, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "_PATIENCE", 0.0)
+    name = socket.gethostname()
+    fake.pods[name] = {"metadata": {"name": name, "uid": "u", "namespace": NAMESPACE}, "spec": {}, "status": {}}
+    fake.before = first(1, failure(503), "GET", inside)
+    with pytest.raises(LaunchError) as caught:
+        one.start(1, "")
+    assert not caught.value.final and not one.backend._jobs
+    job = one.start(2, "")
+    assert [owner["uid"] for owner in fake.pods[job]["metadata"]["ownerReferences"]] == ["u"]
+
+
+def test_a_program_that_cannot_find_its_pod_says_once_that_it_owns_none(
+    fake: Fake, one: Place, inside: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(2):
+        job = one.start(number, "")
+        assert "ownerReferences" not in fake.pods[job]["metadata"]
+    assert caplog.text.count("hostNetwork?") == 1 and fake.count("GET", inside) == 1
+
+
+def test_no_pod_is_without_an_owner_while_an_outpost_is_made_anew(one: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners: list[Any] = []
+
+    class Made:
+        address = "10.0.0.1:1"
+        alive = False
+
+        def __init__(self, *_: Any) -> None:
+            owners.append(one.backend._maker.owner)
+            self.owner = {"uid": len(owners)}
+
+        def connect(self, warn: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(outpost, "Outpost", Made)
+    assert [one.backend.reach(1, "p") for _ in range(2)] == [("10.0.0.1:1",)] * 2
+    assert owners == [None, {"uid": 1}] and one.backend._maker.owner == {"uid": 2}
+
+
+def test_who_is_told_to_wait_for_longer_than_it_can_does_not(fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    one.start(1, "")
+    monkeypatch.setattr(api, "PATIENCE", 1.0)
+    fake.before = first(1, failure(429, "TooManyRequests", Retry_After="4"), "POST")
+    began = time.monotonic()
+    with pytest.raises(LaunchError):
+        one.start(2, "")
+    assert time.monotonic() - began < 3
+
+
+def test_nobody_waits_for_an_hour_because_he_is_told_to(fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_ASKED", 1.0)
+    fake.before = first(1, failure(429, "TooManyRequests", Retry_After="3600"), "POST")
+    began = time.monotonic()
+    one.start(1, "")
+    assert time.monotonic() - began > 1.0  # some time, though
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+def test_a_connection_that_nobody_confirms_leaves_time_for_another(fake: Fake, one: Place) -> None:
+    one.start(1, "")
+    server = one.backend._api.server()
+    idle = server.pool.connection_from_url(server.url).pool
+    connection = idle.get_nowait()
+    idle.put(connection)
+    unheard = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert 0 < unheard < 1000 * api.PATIENCE / 2
+    assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # as always
+
+
+# -- the backend itself
+
+
+def test_a_watch_over_jobs_that_has_failed_goes_on_when_it_is_called_again(fake: Fake) -> None:
+    made = backend.KubernetesBackend(_config.load(backend="kubernetes", image="x"))
+    jobs = [Job(f"p-{number}", "p", ("python", "-"), b"") for number in range(3)]
+    for job in jobs[:2]:
+        made.start(job)
+    fake.end("p-0")
+
+    def fails(ended: list[JobEnded]) -> None:
+        raise RuntimeError("full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        made.watch(fails)
+    told: list[JobEnded] = []
+    fake.end("p-1", 3)  # nobody watches
+    thread = threading.Thread(target=made.watch, args=(told.extend,))
+    thread.start()
+    eventually(lambda: [(end.job, end.exit.code) for end in told] == [("p-1", 3)], SOON)
+    fake.before = first(2, failure(503), "POST")  # and what fails is tried again, as before
+    made.start(jobs[2])
+    made.close()
+    thread.join(SOON)
+    assert not thread.is_alive() and watches._watches == {}
+
+
+def test_a_backend_that_nobody_watches_ends_its_watch(fake: Fake) -> None:
+    made = backend.KubernetesBackend(_config.load(backend="kubernetes", image="x"))
+    made.start(Job("p-1", "p", ("python", "-"), b""))
+    made.close()
+    assert watches._watches == {}
+
+
+def test_what_was_wrong_once_is_not_told_for_ever(fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    one.backend._verdicts.settle("no such image")
+    assert one.backend.explain("job") == "no such image"
+    monkeypatch.setattr(jobs, "_VALID", 0.0)
+    one.backend._verdicts.settle("no such image")
+    assert one.backend.explain("job") == ""
+
+
+def test_an_init_container_that_fails_is_named(fake: Fake, one: Place) -> None:
+    fake.node = False
+    state = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    good = {"terminated": {"exitCode": 0, "reason": "Completed"}}
+    told = [{"name": "first", "state": good}, {"name": "prep", "state": state}]
+    for number in range(3):
+        job = one.start(number, "")
+        fake.say(job, phase="Failed", initContainerStatuses=told, containerStatuses=waiting("PodInitializing", ""))
+        exit = one.end(job, SOON)
+        assert exit.code == 1 and "init container 'prep' ended with exit code 1" in exit.log
+    with pytest.raises(LaunchError, match="init container 'prep' ended with exit code 1"):
+        one.start(3, "")  # three are enough
