@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 import fiberexec
@@ -53,11 +54,12 @@ class Recipe(NamedTuple):
     folder: str  # of the project
     dockerfile: str  # its name in the context
     files: dict[str, bytes] | None  # the whole context; None: the folder is
+    arguments: tuple[tuple[str, str], ...] = ()  # of the build
 
-    def tag(self) -> str:
-        """The image's name, with the hash of what it is made from."""
+    def tag(self, platform: str | None = None) -> str:
+        """The image's name, with the hash of what it is made from, and for what kind of machine (None: the engine's)."""
         name = re.sub(r"[^a-z0-9]+", "-", os.path.basename(self.folder).lower()).strip("-") or "project"
-        return f"fiberexec-{name}:{_digest(self)[:16]}"
+        return f"fiberexec-{name}:{_digest(self, platform)[:16]}"
 
 
 def python() -> str:
@@ -71,23 +73,28 @@ def suggestion(extra: str = "") -> str:
 
 
 def find(
-    folder: str, dockerfile: str | None = None, base: str | None = None, arguments: Iterable[str] = (), extra: str = ""
+    folder: str,
+    dockerfile: str | None = None,
+    base: str | None = None,
+    arguments: Mapping[str, str] = MappingProxyType({}),
+    extra: str = "",
 ) -> Recipe:
     """The recipe that holds in a folder. Raises ConfigError if there is none.
 
     ``dockerfile`` is a path, ``base`` the image that a generated one starts from (default: python:X.Y-slim), ``arguments``
-    are the names of the build's arguments, ``extra`` is for the Dockerfile that an error suggests.
+    are those of the build, ``extra`` is for the Dockerfile that an error suggests.
     """
+    given = tuple(sorted(arguments.items()))
     if dockerfile is not None:
         path = Path(folder, dockerfile).absolute()
         if not path.is_file():
             raise ConfigError(f"there is no file {path} (backend_options: dockerfile)")
-        return Recipe(str(path), str(path.parent), path.name, None)
+        return Recipe(str(path), str(path.parent), path.name, None, given)
     here = Path(folder).absolute()
     for place in (here, *here.parents):
         recipe = _in(place, base, arguments)
         if recipe is not None:
-            return recipe
+            return recipe._replace(arguments=given)
         if (place / ".git").exists():
             break  # what is above belongs to another project
     raise ConfigError(
@@ -204,8 +211,10 @@ def _sum(data: bytes) -> str:
 # -- what an image is made from
 
 
-def _digest(recipe: Recipe) -> str:
+def _digest(recipe: Recipe, platform: str | None) -> str:
     found = hashlib.sha256(recipe.dockerfile.encode())
+    if recipe.arguments or platform:
+        found.update(repr((recipe.arguments, platform)).encode("utf-8", "surrogateescape"))
     for name, mode, opened in _entries(recipe):
         found.update(f"\0{name}\0{mode}\0".encode("utf-8", "surrogateescape"))
         if isinstance(opened, bytes):
@@ -271,7 +280,7 @@ def build(client: Any, recipe: Recipe, arguments: Mapping[str, str], platform: s
 
     Raises LaunchError with the last lines of a build that fails, and what the SDK raises.
     """
-    tag = recipe.tag()
+    tag = recipe.tag(platform)
     try:
         client.api.inspect_image(tag)
         return tag

@@ -101,7 +101,7 @@ def test_what_cannot_be_made_an_image_of_is_an_error(name: str, content: str, sa
 
 def test_a_generated_image_starts_from_the_drivers_python_and_holds_the_drivers_fiberexec(project: Path) -> None:
     (project / "requirements.txt").write_text("numpy\n")
-    recipe = find(str(project), base="my/base:1", arguments=["PIP_INDEX_URL"])
+    recipe = find(str(project), base="my/base:1", arguments={"PIP_INDEX_URL": "x"})
     assert text(recipe).startswith("FROM my/base:1\nARG PIP_INDEX_URL\n")
     assert text(find(str(project))).startswith(f"FROM python:{PYTHON}-slim\n")
     assert recipe.files is not None
@@ -146,6 +146,18 @@ def test_a_tag_is_the_same_until_something_changes(project: Path) -> None:
     (project / "Dockerfile").write_text("FROM scratch\nCOPY . /x\n")
     changed.add(find(str(project)).tag())
     assert len(changed) == 6
+
+
+def test_other_arguments_or_another_kind_of_machine_make_another_tag(project: Path) -> None:
+    (project / "Dockerfile").write_text("FROM scratch\nARG A\n")
+
+    def tag(**arguments: str) -> str:
+        return find(str(project), arguments=arguments).tag()
+
+    assert tag(A="1", B="2") == tag(B="2", A="1")
+    tags = {tag(), tag(A="1"), tag(A="2"), tag(A="1", B="2"), find(str(project)).tag("linux/arm64")}
+    tags |= {find(str(project), "Dockerfile", arguments={"A": "3"}).tag()}
+    assert len(tags) == 6
 
 
 def test_a_generated_images_tag_is_the_same_in_every_process(project: Path) -> None:
