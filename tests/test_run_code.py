@@ -83,6 +83,39 @@ def test_a_folder_is_copied_whole(tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "data" / "x.csv").read_text() == "scripts/data/x.csv"
 
 
+def given(folder: Path) -> io.BytesIO:
+    """A folder as it comes from a job."""
+    buffer = io.BytesIO()
+    with tarfile.open(mode="w|", fileobj=buffer) as tar:
+        tar.add(folder, folder.name)
+    buffer.seek(0)
+    return buffer
+
+
+def test_a_file_with_two_names_is_copied_under_both(tmp_path: Path) -> None:
+    (there := tmp_path / "there" / "out").mkdir(parents=True)
+    (there / "a").write_text("new")
+    (there / "b").hardlink_to(there / "a")
+    (here := tmp_path / "here" / "out").mkdir(parents=True)
+    (here / "a").write_text("of an earlier copy")
+    run_code.unpack(given(there), str(here.parent), "copy")
+    assert [(here.parent / "copy" / name).read_text() for name in "ab"] == ["new", "new"]
+    run_code.unpack(given(there), str(tmp_path))
+    assert [(tmp_path / "out" / name).read_text() for name in "ab"] == ["new", "new"]
+
+
+def test_what_cannot_be_copied_is_left_out_and_the_rest_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (there := tmp_path / "there").mkdir()
+    (there / "a").symlink_to("/etc/passwd")
+    (there / "b").symlink_to("../../elsewhere")
+    os.mkfifo(there / "c")
+    (there / "d").symlink_to("e")
+    (there / "e").write_text("e")
+    run_code.unpack(given(there), str(tmp_path), "copy")
+    assert sorted(os.listdir(tmp_path / "copy")) == ["d", "e"]
+    assert [line.split("'")[1] for line in capsys.readouterr().err.splitlines()] == ["copy/a", "copy/b", "copy/c"]
+
+
 def test_what_comes_from_a_job_cannot_be_put_elsewhere(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(mode="w", fileobj=buffer) as tar:

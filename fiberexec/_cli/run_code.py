@@ -139,14 +139,21 @@ def _add_folder(tar: tarfile.TarFile, name: str, made: set[str]) -> None:
 def unpack(stream: IO[bytes], target: str, name: str | None = None) -> None:
     """Unpack what came from a job to ``target``, a folder, or the path of what there is under another name.
 
-    Nothing leaves the target, and nothing else than files, folders and links within is made.
+    Nothing leaves the target, and nothing else than files, folders and links within is made: other links and special files
+    are left out, and said to be.
     """
+    from fiberexec._cli.show import note
+
+    if sys.version_info < (3, 12) and not hasattr(tarfile, "data_filter"):
+        raise ConfigError("this Python is too old to unpack archives safely: update it")
     with tarfile.open(mode="r|", fileobj=stream) as tar:
         for entry in tar:
             _, _, rest = entry.name.partition("/")
             if name is not None:
                 entry.name = f"{name}/{rest}" if rest else name
-            if sys.version_info >= (3, 12) or hasattr(tarfile, "data_filter"):
+                if entry.islnk():  # to a file that came before, whose name has changed likewise
+                    entry.linkname = f"{name}/{entry.linkname.partition('/')[2]}"
+            try:
                 tar.extract(entry, target, filter="data")
-            else:
-                raise ConfigError("this Python is too old to unpack archives safely: update it")
+            except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError, tarfile.SpecialFileError) as error:
+                note(f"fiberexec: left out: {error}")
