@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from fiberexec import FiberExecutor, LaunchError, _platform
 from fiberexec._cli import jobs, places
 from fiberexec._hub import folder
 from fiberexec.backends import registry
+from fiberexec.backends._kubernetes_api import ApiError
 from fiberexec.backends.base import Pool, Resources
 
 
@@ -277,6 +279,35 @@ def test_kill_of_a_program_in_a_job_ends_its_workers_too(fake: type[Fake]) -> No
     Fake.jobs = [program_job("running"), job(1, "7@prog-1", "fx-led"), job(1, "7@other", "fx-other")]
     assert [each["target"] for each in told("kill", "prog-1")["ended"]] == ["prog-1", "fx-led"]
     assert Fake.done == [("terminate", "prog-1"), ("remove", "fx-led"), ("close",)]
+
+
+def test_a_process_of_this_host_with_the_name_of_a_program_in_a_job_has_no_part_in_its_workers(
+    fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    Fake.jobs = [program_job("running"), job(1, "7@prog-1", "fx-led")]
+    assert run("run", "--backend", "local", "-d", "--name", "prog-1", sys.executable, "-c", "").exit_code == 0
+    lock = tmp_path / "fiberexec" / "run" / "prog-1" / "lock"
+    with open(lock) as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # it has ended
+    rows = [(row["backend"], row["id"], row["state"]) for row in told("ps")["jobs"] if row["role"] == "program"]
+    assert rows == [("fake", "prog-1", "running"), ("local", "prog-1", "exited")]
+    assert told("clean")["removed"] == []
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), ApiError(0, "", "the connection broke", "")])
+def test_a_backend_that_goes_while_a_log_is_read_is_no_defect(
+    fake: type[Fake], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def logs(self: Fake, job: str, follow: bool = False) -> Iterator[str]:
+        yield "one"
+        raise error
+
+    monkeypatch.setattr(Fake, "logs", logs)
+    Fake.jobs = [job(1, None)]
+    result = run("logs", "-f", "fx-1-1")
+    assert result.exit_code == 1 and result.stdout == "one\n"
+    assert f"fake does not answer any more ({error})" in result.output and "defect" not in result.output
 
 
 def test_clean_of_a_backend_that_does_not_answer_fails(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:

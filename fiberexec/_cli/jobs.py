@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,9 @@ from fiberexec._cli import processes
 from fiberexec._cli.places import LOCAL, PROGRAM, Places, Row
 from fiberexec._errors import FiberError
 from fiberexec._hub import folder
+from fiberexec.backends._kubernetes_api import ApiError
 
+KUBERNETES = "kubernetes"
 _ALWAYS = "/tmp"  # where hubs' folders are if that of temporary files has too long a name
 _END_TIMEOUT = 10.0  # seconds that a driver may take to end after SIGTERM
 
@@ -49,7 +51,12 @@ def logs(places: Places, job: str, follow: bool) -> Iterator[str]:
         raise FiberError(f"{job!r} is no job but a program: its jobs are {ids}")
     if row.backend == LOCAL:
         raise FiberError(f"{job} is a process of this host: what it writes is where its driver writes, process {row.driver}")
-    return places.backend(row.backend).logs(job, follow)
+    try:
+        yield from places.backend(row.backend).logs(job, follow)
+    except (OSError, ApiError) as error:  # the engine or the API server has gone
+        raise FiberError(
+            f"the log of {job} broke off: {row.backend} does not answer any more ({error}). What to do: ask again when it does"
+        ) from error
 
 
 def kill(places: Places, name: str) -> tuple[list[Killed], list[str]]:
@@ -81,9 +88,9 @@ def _kill_job(places: Places, row: Row) -> list[Killed]:
         places.backend(row.backend).terminate([row.id])
     done = [Killed(row.id, row.backend, "job", 1)]
     if row.role == PROGRAM:  # a driver, whose workers nobody else ends at once
-        led = {(each.backend, each.program) for each in places.rows if each.driver.partition("@")[2] == row.id != each.id}
-        for backend, program in sorted(led):
-            done.append(Killed(program, backend, "program", places.backend(backend).remove(program)))
+        near = [each for each in places.rows if each.backend == row.backend and each.id != row.id]
+        for program in sorted({each.program for each in near if each.driver.partition("@")[2] == row.id}):
+            done.append(Killed(program, row.backend, "program", places.backend(row.backend).remove(program)))
     return done
 
 
@@ -136,9 +143,26 @@ def clean(places: Places, everything: bool, pretend: bool, local: bool) -> tuple
             removed.append(Removed(backend, program, rows[0].driver, count))
         elif not any(row.driver_runs for row in rows):
             spared += rows
+    if everything and places.answered(KUBERNETES):
+        removed += _clean_jobs({program for backend, program in found if backend == KUBERNETES}, pretend)
     if local:
         removed += _clean_folders(pretend)
     return removed, spared
+
+
+def _clean_jobs(seen: Collection[str], pretend: bool) -> Sequence[Removed]:
+    """The Jobs of programs: those whose pods have been ``seen`` are no news."""
+    from fiberexec._cli.run_kubernetes import KubernetesPlace
+
+    place = KubernetesPlace(None)
+    try:
+        names = place.names()
+        if not pretend:
+            for name in names:
+                place.remove(name)
+        return [Removed(KUBERNETES, name, f"1@{name}", 1) for name in names if name not in seen]
+    finally:
+        place.close()
 
 
 def _clean_folders(pretend: bool) -> Sequence[Removed]:

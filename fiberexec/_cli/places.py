@@ -74,18 +74,21 @@ class Places:
                 self.rows += [self._row(name, job) for job in jobs]
             else:
                 self.problems[name] = _said(jobs)
-        gone = {row.id for row in self.rows if row.role == PROGRAM and row.has_ended()}
+        # A process of this host may be called as such a job is, and has no other program's workers.
+        programs = {(row.backend, row.id): row for row in self.rows if row.role == PROGRAM and row.backend != LOCAL}
         # Drivers that are jobs themselves call their host as the job is called; whose they are, their own host does not know.
-        users = {row.id: row.user for row in self.rows if row.role == PROGRAM}
         for number, row in enumerate(self.rows):
-            job = row.driver.partition("@")[2]
-            runs = False if job in gone else row.driver_runs
-            self.rows[number] = row._replace(driver_runs=runs, user=users.get(job, row.user))
+            if (led := programs.get((row.backend, row.driver.partition("@")[2]))) is not None:
+                self.rows[number] = row._replace(driver_runs=False if led.has_ended() else row.driver_runs, user=led.user)
         self.rows.sort(key=lambda row: (row.backend, row.started or 0.0, row.id))
 
     def backend(self, name: str) -> JobBackend:
         """One that has been asked."""
         return self._backends[name]
+
+    def answered(self, name: str) -> bool:
+        """Whether a backend has been asked, and said what it runs."""
+        return name in self._backends and name not in self.problems
 
     def driver(self, row: Row) -> processes.Process | None:
         """The process of a row's driver, if it runs on this host."""
