@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from running import DEADLINE, WAITS, Runner
 
+from fiberexec import _config
 from fiberexec._cli.run_attach import attached
-from fiberexec._cli.run_base import Fate
+from fiberexec._cli.run_base import Fate, Wanted
+from fiberexec._cli.run_local import LocalPlace
 
 PYTHON = sys.executable
 
@@ -196,11 +198,27 @@ def test_the_second_ctrl_c_kills_a_program_that_does_not_stop(fx: Runner) -> Non
     command.end(128 + 9)
 
 
+def test_who_looks_on_gets_the_exit_code_too_though_another_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    place, other = LocalPlace(), LocalPlace()
+    settings = _config.load(backend="local")
+    place.start(Wanted("local", (PYTHON, "-c", "print(1); exit(3)"), "seen", {}, None, settings, settings), lambda text: None)
+
+    def put(descriptor: int, data: bytes) -> None:
+        until(lambda: not any(runs for _, runs, *_ in place.list()))
+        other.remove("seen")
+
+    assert place.follow("seen", put) == Fate(3)
+    place.remove("seen")  # is done already
+
+
 def test_a_terminal_that_goes_leaves_the_program_running(fx: Runner) -> None:
     command = fx.begin(*run("--name", "stays"), PYTHON, "waits.py")
     command.expect("up")
     command.process.send_signal(signal.SIGHUP)
-    command.end(0)
+    command.end(128 + signal.SIGHUP)
     assert "running" in fx("ps", "--backend", "local").stdout
 
 

@@ -184,7 +184,7 @@ def test_a_terminal_that_goes_leaves_the_program_running(place: Place) -> None:
     name = place.new_name()
     command = place.begin("--name", name)
     command.process.send_signal(signal.SIGHUP)
-    command.end(0)
+    command.end(128 + signal.SIGHUP)
     assert place.states()[name] == "running"
 
 

@@ -69,6 +69,7 @@ def run(
     """
     if attach_ and detach:
         raise click.UsageError("--attach and --detach exclude each other")
+    from fiberexec._cli import run_attach
     from fiberexec._cli.show import note
 
     wanted = _wanted(backend, command, name, options)
@@ -77,7 +78,8 @@ def run(
         note(f"fiberexec: {', '.join(unused)}: not for a program on this host, left out")
     place = _place(wanted.backend, wanted.namespace)
     try:
-        place.start(wanted, lambda text: note(f"fiberexec: {text}"))
+        with run_attach.stoppable():
+            place.start(wanted, lambda text: note(f"fiberexec: {text}"))
         if detach:
             click.echo(wanted.name)
             return
@@ -158,11 +160,15 @@ def program(places: Places, name: str) -> run_base.Place | None:
 def _show(place: run_base.Place, name: str) -> None:
     """Ends the command with the program's exit code, unless the program is left to itself."""
     from fiberexec._cli.run_attach import attached
+    from fiberexec._cli.show import note
 
     code = attached(place, name)
     if code is None:
         return
-    place.remove(name)
+    try:
+        place.remove(name)
+    except FiberError as error:  # which is no end of the program's
+        note(f"fiberexec: what is left of {name} could not be removed: {error}")
     click.get_current_context().exit(code)
 
 

@@ -12,6 +12,8 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fiberexec._cli.run_base import Fate, Place
@@ -26,12 +28,33 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 def attached(place: Place, name: str) -> int | None:
     """Show what a program writes until it ends; return its exit code, None if it was left to itself. Raises FiberError."""
     session = _Session(place, name)
-    before = {number: signal.signal(number, session.signalled) for number in _HANDLED}
-    try:
+    with _handled(_HANDLED, session.signalled):
         return session.run()
-    finally:
-        for number, handler in before.items():
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """What is being started ends by SIGTERM and SIGHUP as by Ctrl-C: with an exception, so that nothing of it is left."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    with _handled((signal.SIGTERM, signal.SIGHUP), stop):
+        yield
+
+
+@contextmanager
+def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle signals but those that whoever started this wants ignored, as nohup does."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    try:
+        for number in before:
             signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class _Session:
@@ -88,8 +111,8 @@ class _Session:
 
     def _on_signal(self, number: int) -> bool:
         """Whether the program is left to itself."""
-        if number == signal.SIGHUP:  # the terminal has gone
-            return True
+        if number == signal.SIGHUP:  # the terminal has gone, and the program's end will not be known
+            raise SystemExit(128 + number)
         if number != signal.SIGINT:
             self._pass_on(number)
             return False

@@ -115,8 +115,10 @@ def variables(wanted: Wanted, image: str = "", **more: str) -> dict[str, str]:
     workers = {**settings.env, **wanted.env}
     if workers:
         found["env"] = json.dumps(workers)
-    if settings.backend_options:
-        found["backend_options"] = json.dumps(dict(settings.backend_options), default=str)
+    # The address of this host is none of the program's, whose workers reach it where it runs.
+    told = {name: value for name, value in settings.backend_options.items() if name != "advertise_address"}
+    if told:
+        found["backend_options"] = json.dumps(told, default=str)
     if image:
         found["image"] = image
     found["backend"] = wanted.backend

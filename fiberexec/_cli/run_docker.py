@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import posixpath
+import queue
 import signal
 import stat
 import threading
@@ -36,6 +37,7 @@ SOCKET = "/var/run/docker.sock"
 _FOLDER = f"/{run_code.HOME}"
 _AGAIN = 1.0  # seconds between attempts to reach an engine that has gone
 _PATIENCE = 60.0  # seconds of them
+_LATE = 120.0  # seconds: what fails only then had been answered before, since no answer at all takes half of that
 _LAST = 4096  # bytes of output that are kept, to be judged
 _logger = logging.getLogger("fiberexec")
 
@@ -101,11 +103,20 @@ class DockerPlace:
     # -- a program that is there
 
     def follow(self, name: str, put: Put) -> Fate:
-        threads = [threading.Thread(target=self._stream, args=(name, fd, put), daemon=True) for fd in (1, 2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run(descriptor: int) -> None:
+            try:
+                self._stream(name, descriptor, put)
+                ends.put(None)
+            except BaseException as error:
+                ends.put(error)
+
+        for descriptor in (1, 2):
+            threading.Thread(target=run, args=(descriptor,), daemon=True).start()
+        for _ in (1, 2):
+            if (error := ends.get()) is not None:
+                raise error
         state = self._patiently(f"waiting for {name}", lambda api: _ended(api, name))
         if state is None:
             raise FiberError(f"container {name} was removed by somebody before it had ended")
@@ -129,19 +140,26 @@ class DockerPlace:
             state = api.inspect_container(name)["State"]
             return not state.get("Running")
 
-        while not self._patiently(f"reading what {name} writes", read, gone=True):
+        while not self._patiently(f"reading what {name} writes", read, gone=True, got=lambda: passed):
             time.sleep(_AGAIN)
 
-    def _patiently(self, doing: str, ask: Callable[[Any], Any], gone: Any = None) -> Any:
-        """What the engine answers, which may be away for a while; ``gone`` if there is no such container."""
-        end = time.monotonic() + _PATIENCE
+    def _patiently(self, doing: str, ask: Callable[[Any], Any], gone: Any = None, got: Callable[[], int] = int) -> Any:
+        """What the engine answers, which may be away for a while; ``gone`` if there is no such container.
+
+        It is away from the first failure on, and again after one that came late, or after more was ``got``.
+        """
+        end, before = 0.0, 0
         while True:
+            began = time.monotonic()
             try:
                 return ask(self._engine.client().api)
             except sdk().NotFound:
                 return gone
             except Exception as error:
-                if not errors.is_outage(error) or time.monotonic() > end:
+                now = time.monotonic()
+                if not end or got() > before or now > began + _LATE:
+                    end, before = now + _PATIENCE, got()
+                if not errors.is_outage(error) or now > end:
                     raise self._engine.failed(error, doing) from error
                 _logger.debug("Docker does not answer: %r", error)
             time.sleep(_AGAIN)

@@ -19,6 +19,7 @@ from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends._kubernetes_api import Api, ApiError
 
 ACCOUNT = "fiberexec"  # the service account where none is named
+MARK = "fiberexec.made"  # the annotation that tells a Job from another of its name
 _KEPT = 3600  # seconds that a Job is kept whose end nobody has seen
 _ROOT = f"/{run_code.HOME}"
 
@@ -157,7 +158,11 @@ def job(wanted: Wanted, checked: options.Options, image: str, account: str) -> d
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": wanted.name, "labels": labels, "annotations": annotations},
+        "metadata": {
+            "name": wanted.name,
+            "labels": labels,
+            "annotations": {**annotations, MARK: os.urandom(8).hex()},
+        },
         "spec": {
             "backoffLimit": 0,
             "ttlSecondsAfterFinished": _KEPT,

@@ -17,6 +17,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from typing import IO, Any
 
 from fiberexec._cli import run_code, run_files, run_job
@@ -26,13 +27,13 @@ from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines
+from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines, shut
 from fiberexec.backends._kubernetes_reader import Reader
 
 _PAUSE = 0.5  # seconds between looks at a pod
 _AWAY = 120.0  # seconds that the API server may be away
-_STAMP = 30  # characters of a time before each line
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")
+_SILENT = 60.0  # seconds without a line after which the log is asked for again, in case the connection has died unseen
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
 
 
 class KubernetesPlace:
@@ -63,25 +64,50 @@ class KubernetesPlace:
 
     def start(self, wanted: Wanted, said: Callable[[str], None]) -> None:
         checked = options.check(wanted.size)
+        wanted = _portable(wanted)
         image = run_job.pushed(wanted, said)
         try:
             account = wanted.service_account or run_job.ACCOUNT
             run_job.ensure_account(self._api, self._reader.namespace(), account, said)
-            self._api.call("POST", self._jobs(), body=run_job.job(wanted, checked, image, account))
-        except ApiError as error:
-            if error.status == 409:
-                raise ConfigError(f"there is a Job {wanted.name!r} already: give another --name") from None
-            raise self._failed(error, f"creating Job {wanted.name}") from error
-        except Setup as error:
+            job = self._created(run_job.job(wanted, checked, image, account))
+        except (ApiError, Setup) as error:
             raise self._failed(error, f"creating Job {wanted.name}") from error
         try:
-            pod = self._running(wanted, image, said)
+            pod = self._running(wanted, image, said, job["metadata"]["uid"])
             spec = {"command": wanted.command, "env": self._variables(wanted, image), "folder": run_job.folder_of(wanted)}
             with run_code.packed(wanted.code, json.dumps(spec).encode()) as archive:
                 self._receive(pod, archive, "/")
         except BaseException:
             self.remove(wanted.name)
             raise
+
+    def _created(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The Job, which the cluster has made. Raises ConfigError if there is another of its name."""
+        name = job["metadata"]["name"]
+        try:
+            made: dict[str, Any] = self._api.call("POST", self._jobs(), body=job)
+            return made
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            found = self._own(job)
+            if found is None:
+                raise ConfigError(f"there is a Job {name!r} already: give another --name") from None
+            return found  # the server had made it, and its answer was lost
+        except BaseException:  # a signal, while nobody knew whether there is one
+            if self._own(job) is not None:
+                self.remove(name)
+            raise
+
+    def _own(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        """What the cluster has of this very Job; another one may have its name."""
+        meta = job["metadata"]
+        try:
+            found: dict[str, Any] = self._api.call("GET", self._jobs(meta["name"]))
+        except ApiError:
+            return None
+        mark = found["metadata"].get("annotations", {}).get(run_job.MARK)
+        return found if mark == meta["annotations"][run_job.MARK] else None
 
     def _variables(self, wanted: Wanted, image: str) -> dict[str, str]:
         given = {name: value for name, value in wanted.settings.backend_options.items() if name != "context"}
@@ -90,15 +116,15 @@ class KubernetesPlace:
         settings = wanted.settings._replace(backend_options=given, sources=sources)
         return variables(wanted._replace(settings=settings), image)
 
-    def _running(self, wanted: Wanted, image: str, said: Callable[[str], None]) -> str:
-        """The name of the program's pod, when it runs. Raises FiberError with the cluster's words if it will not."""
+    def _running(self, wanted: Wanted, image: str, said: Callable[[str], None], job: str) -> dict[str, Any]:
+        """The pod of a Job, given by its uid, when it runs. Raises FiberError with the cluster's words if it will not."""
         end = time.monotonic() + wanted.settings.startup_timeout
         told = ""
         while True:
-            pod = self._pod(wanted.name)
+            pod = self._pod(wanted.name, job)
             if pod is not None:
                 if pods.is_running(pod):
-                    return pods.name(pod)
+                    return pod
                 if pods.has_ended(pod):
                     exit = pods.exit_of(pod)
                     log = self._reader.tail(pods.name(pod))
@@ -114,7 +140,7 @@ class KubernetesPlace:
                     if text != told:
                         said(told := text)
             else:
-                for reason, message in self._reader.events(wanted.name):
+                for reason, message in self._reader.events(f"{wanted.name},involvedObject.uid={job}"):
                     if reason == "FailedCreate":
                         raise FiberError(run_job.refused(wanted.name, message, self._reader.namespace()))
             if time.monotonic() > end:
@@ -124,13 +150,17 @@ class KubernetesPlace:
                 )
             time.sleep(_PAUSE)
 
-    def _pod(self, name: str) -> dict[str, Any] | None:
-        """The program's pod, None if there is none."""
+    def _pod(self, name: str, job: str = "") -> dict[str, Any] | None:
+        """The program's pod, None if there is none. One of its name that has been deleted may still be there, so the newest
+        counts, or that of a Job given by its uid.
+        """
         try:
             found = self._reader.pods(f"fiberexec.job={name},{ROLE}={DRIVER}")
         except (ApiError, Setup) as error:
             raise self._failed(error, f"looking for the pod of {name}") from error
-        return found[0] if found else None
+        if job:
+            found = [pod for pod in found if any(one["uid"] == job for one in pod["metadata"].get("ownerReferences", ()))]
+        return max(found, key=_newness, default=None)
 
     # -- a program that is there
 
@@ -144,9 +174,9 @@ class KubernetesPlace:
                     return Fate(137, f"the pod of {name} was deleted before it had ended")
                 over = pods.has_ended(pod)
                 if over or pods.is_running(pod):
-                    for stamp, line in self._log(pods.name(pod), since):
+                    for stamp, line in self._log(pods.name(pod), since, over):
                         put(1, line)
-                        since = stamp
+                        since, away = stamp, 0.0
                 away = 0.0
             except (ApiError, FiberError) as error:
                 refusal = error if isinstance(error, ApiError) else error.__cause__
@@ -160,19 +190,22 @@ class KubernetesPlace:
                 return run_job.fate(name, pod)
             time.sleep(_PAUSE)
 
-    def _log(self, pod: str, since: str) -> Iterator[tuple[str, bytes]]:
-        """(time, line) of what has been written after a time."""
+    def _log(self, pod: str, since: str, over: bool) -> Iterator[tuple[str, bytes]]:
+        """(time, line) of what came after a time. Raises ApiError if a program is ``over`` and not all of it could be read."""
         query = {"container": pods.WORKER, "follow": "true", "timestamps": "true"}
         if since:
             query["sinceTime"] = f"{since[:19]}Z"
-        stream = self._api.stream(self._reader.path("pods", f"{pod}/log"), query, read=3600.0, patience=5.0)
+        stream = self._api.stream(self._reader.path("pods", f"{pod}/log"), query, read=_SILENT, patience=5.0)
         try:
-            for line in lines(stream):
-                stamp = line[:_STAMP].decode("ascii", "replace")
-                if stamp > since and _TIME.match(stamp):  # what has none is the kubelet's own
-                    yield stamp, line[_STAMP + 1 :] + b"\n"
+            for line in _whole_lines(stream, over):
+                text, _, rest = line.partition(b" ")
+                stamp = _utc(text.decode("ascii", "replace"))
+                if stamp > since:  # what has none is the kubelet's own
+                    yield stamp, rest
         except ApiError:
-            return  # follow() looks whether it has ended
+            if over:
+                raise
+            # else follow() looks whether it has ended, and asks again for what has not come
 
     def lines(self, name: str, follow: bool) -> Iterator[str]:
         if follow:
@@ -192,7 +225,7 @@ class KubernetesPlace:
         pod = self._pod(name)
         if pod is not None and pods.is_running(pod):
             try:
-                self._exec(pods.name(pod), "signal", str(number))
+                self._exec(pod, "signal", str(number))
             except FiberError as error:
                 if "container not found" not in str(error):  # else it has just ended
                     raise
@@ -217,6 +250,16 @@ class KubernetesPlace:
     def has(self, name: str) -> bool:
         pod = self._pod(name)  # one that remove() has deleted stays until the cluster has counted it
         return pod is not None and not ("deletionTimestamp" in pod["metadata"] and pods.has_ended(pod))
+
+    def names(self) -> list[str]:
+        """Of all Jobs of programs, some of which a quota or a policy gives no pod; none where they may not be listed."""
+        try:
+            found = self._api.call("GET", self._jobs(), {"labelSelector": f"{ROLE}={DRIVER}"})
+        except (ApiError, Setup) as error:
+            if isinstance(error, ApiError) and error.status == 403:
+                return []
+            raise self._failed(error, "listing Jobs") from error
+        return [str(one["metadata"]["name"]) for one in found["items"]]
 
     # -- files
 
@@ -244,21 +287,72 @@ class KubernetesPlace:
         with run_code.archive(run_code.tree(source, base)) as archive:
             self._receive(pod, archive, folder)
 
-    def _where(self, name: str, path: str) -> tuple[str, str]:
+    def _where(self, name: str, path: str) -> tuple[dict[str, Any], str]:
         pod = self._pod(name)
         if pod is None or not pods.is_running(pod):
             raise FiberError(f"{name} does not run")
         start = pod["metadata"].get("annotations", {}).get("fiberexec.folder") or "."
-        return pods.name(pod), posixpath.normpath(posixpath.join(start, path or "."))
+        return pod, posixpath.normpath(posixpath.join(start, path or "."))
 
-    def _receive(self, pod: str, archive: IO[bytes], folder: str) -> None:
+    def _receive(self, pod: dict[str, Any], archive: IO[bytes], folder: str) -> None:
         size = archive.seek(0, os.SEEK_END)
         archive.seek(0)
         self._exec(pod, "receive", folder, str(size), stdin=archive)
 
-    def _exec(self, pod: str, *arguments: str, stdin: IO[bytes] | None = None) -> bytes:
-        command = ["python", "-m", run_files.__name__, *arguments]
-        return Exec(self._context, self._api.in_cluster, self._reader.namespace()).run(pod, pods.WORKER, command, stdin)
+    def _exec(self, pod: dict[str, Any], *arguments: str, stdin: IO[bytes] | None = None) -> bytes:
+        started = next((one.get("command") for one in pod["spec"]["containers"] if one["name"] == pods.WORKER), None)
+        command = [(started or ["python"])[0], "-m", run_files.__name__, *arguments]
+        execute = Exec(self._context, self._api.in_cluster, self._reader.namespace())
+        return execute.run(pods.name(pod), pods.WORKER, command, stdin)
 
     def close(self) -> None:
         self._api.close()
+
+
+def _portable(wanted: Wanted) -> Wanted:
+    """The same without paths of this host, which the program could not read. Raises ConfigError."""
+    given = dict(wanted.settings.backend_options)
+    path = given.get("pod_template")
+    if not isinstance(path, str) or "\n" in path or ":" in path:  # YAML
+        return wanted
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            given["pod_template"] = f"{file.read()}\n"
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"backend_options: pod_template={path!r}: {error}") from None
+    return wanted._replace(settings=wanted.settings._replace(backend_options=given))
+
+
+def _newness(pod: dict[str, Any]) -> tuple[bool, str]:
+    meta = pod["metadata"]
+    return "deletionTimestamp" not in meta, meta.get("creationTimestamp", "")
+
+
+def _whole_lines(stream: Any, over: bool) -> Iterator[bytes]:
+    """The lines of a log, with their ends. The last may have none, if the program is ``over``: else the rest is yet to come.
+
+    Raises ApiError when the stream breaks.
+    """
+    import urllib3
+
+    rest = b""
+    try:
+        for piece in stream.stream(1 << 16, decode_content=False):
+            *whole, rest = (rest + piece).split(b"\n")
+            yield from (line + b"\n" for line in whole)
+        if rest and over:
+            yield rest
+    except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
+        raise ApiError(0, "", f"{type(error).__name__}: {error}", "") from error
+    finally:
+        shut(stream)
+
+
+def _utc(stamp: str) -> str:
+    """A time as a node writes it, in its own zone, as one in UTC that sorts; "" if it is none."""
+    found = _TIME.fullmatch(stamp)
+    if found is None:
+        return ""
+    second, part, zone = found.groups()
+    moment = datetime.fromisoformat(second + ("+00:00" if zone == "Z" else zone)).astimezone(timezone.utc)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{part or '':0<9}Z"

@@ -1,6 +1,6 @@
 """Programs as processes of this host, each with a folder that has what it wrote and how it ended.
 
-<state>/fiberexec/run/<name>/   lock: held as long as it runs   command   pid   out   err   exit
+<state>/fiberexec/run/<name>/   lock: held as long as it runs   command   pid   out   err   exit: its code, when it has ended
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class LocalPlace:
             raise FiberError(f"the folder of programs cannot be made: {error}; XDG_STATE_HOME chooses another") from None
         spec = {"command": wanted.command, "env": variables(wanted), "folder": "", "note": True}
         (folder / "command").write_text(shown(wanted.command))
+        (folder / run_first.EXIT).touch()
         (folder / run_first.SPEC).touch(mode=0o600)
         (folder / run_first.SPEC).write_text(json.dumps(spec))
         # Options are those of the backend beside which they were set here; what is meant for this one is in the spec.
@@ -66,7 +67,8 @@ class LocalPlace:
 
     def follow(self, name: str, put: Put) -> Fate:
         folder = self._folder(name)
-        with open(folder / "out", "rb") as out, open(folder / "err", "rb") as err:
+        # All are opened now: another who looks on may remove them when the program has ended.
+        with open(folder / "out", "rb") as out, open(folder / "err", "rb") as err, open(folder / run_first.EXIT) as exit:
             while True:
                 running = self._runs(folder)
                 some = False
@@ -78,10 +80,8 @@ class LocalPlace:
                     break
                 if not some:
                     time.sleep(_PAUSE)
-        try:
-            return Fate(int((folder / run_first.EXIT).read_text()))
-        except FileNotFoundError:
-            return Fate(137, f"{name} was killed, and how its program ended is not known")
+            code = exit.read()
+        return Fate(int(code)) if code else Fate(137, f"{name} was killed, and how its program ended is not known")
 
     def lines(self, name: str, follow: bool) -> Iterator[str]:
         if not follow:
@@ -106,7 +106,7 @@ class LocalPlace:
             pass
 
     def remove(self, name: str) -> None:
-        folder = self._folder(name)
+        folder = self._root / name  # if another has just removed it, there is nothing to do
         while self._runs(folder):
             self.signal(name, signal.SIGKILL)
             time.sleep(_PAUSE)
