@@ -15,6 +15,7 @@ from fiberexec._cli.run_docker import DockerPlace
 from fiberexec._cli.run_kubernetes import KubernetesPlace
 from fiberexec._errors import FiberError
 from fiberexec.backends._docker_engine import Engine
+from fiberexec.backends._kubernetes_api import ApiError
 
 # -- a pod's log
 
@@ -46,6 +47,8 @@ class Cluster:
     def stream(self, path: str, query: dict[str, str], read: float, patience: float) -> Any:
         self.asked.append((query.get("sinceTime"), read))
         pieces = self.readings.pop(0)
+        if pieces == ["mute"]:
+            raise ApiError(0, "", "ReadTimeoutError: Read timed out.", "") from silent()
 
         def stream(size: int, decode_content: bool) -> Iterator[bytes]:
             for piece in pieces:
@@ -110,9 +113,12 @@ def test_the_last_line_gets_no_end_that_it_does_not_have(follow: Any) -> None:
     assert follow(Cluster([ENDED], [[stamped(1, "one\n"), stamped(2, "two")]])) == (Fate(3), b"one\ntwo")
 
 
-def test_a_program_that_says_nothing_for_long_has_not_failed_and_nothing_comes_twice(follow: Any) -> None:
+def test_a_program_that_says_nothing_for_long_has_not_failed_and_nothing_comes_twice(
+    follow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = stamped(1, "one\n")
-    cluster = Cluster([*[RUNS] * 9, ENDED], [[one, silent()], *[[one, silent()] for _ in range(8)], [one]])
+    cluster = Cluster([*[RUNS] * 19, ENDED], [["mute"]] * 10 + [[one, silent()] for _ in range(9)] + [[one]])
+    monkeypatch.setattr(run_kubernetes, "_AWAY", -1.0)  # a failure that counts ends it
     assert follow(cluster) == (Fate(3), b"one\n")
     assert {read for _, read in cluster.asked} == {60.0}
 

@@ -60,6 +60,11 @@ class Cluster:
             self.on_create()
         if path.endswith("/pods"):
             return {"items": self.pods, "metadata": {}}
+        if path.endswith("/events"):  # of an earlier Job, a quota's
+            wanted = dict(part.split("=") for part in query["fieldSelector"].split(","))
+            self.pods = [pod("night-new", "new", "running")]
+            refusal = {"type": "Warning", "reason": "FailedCreate", "message": "exceeded quota"}
+            return {"items": [refusal] if wanted.get("involvedObject.uid", "old") == "old" else []}
         if path.startswith(JOBS):
             if name not in self.jobs:
                 raise ApiError(404, "NotFound", "none", "")
@@ -96,6 +101,11 @@ def test_a_pod_that_another_job_of_the_name_has_left_is_not_taken_for_the_progra
     cluster.pods = [pod("night-old", "old", "terminated", deletionTimestamp="x"), pod("night-new", "new", "running")]
     start()
     assert [command[0] for command in cluster.commands] == ["night-new"]
+
+
+def test_what_kept_another_job_of_the_name_from_its_pod_is_no_matter(cluster: Cluster) -> None:
+    start()
+    assert ("GET", "/api/v1/namespaces/ns/events") in cluster.asked and cluster.commands
 
 
 def test_of_two_pods_of_a_name_that_which_stays_is_meant_or_else_the_newer(cluster: Cluster) -> None:

@@ -192,10 +192,17 @@ class KubernetesPlace:
 
     def _log(self, pod: str, since: str, over: bool) -> Iterator[tuple[str, bytes]]:
         """(time, line) of what came after a time. Raises ApiError if a program is ``over`` and not all of it could be read."""
+        import urllib3
+
         query = {"container": pods.WORKER, "follow": "true", "timestamps": "true"}
         if since:
             query["sinceTime"] = f"{since[:19]}Z"
-        stream = self._api.stream(self._reader.path("pods", f"{pod}/log"), query, read=_SILENT, patience=5.0)
+        try:
+            stream = self._api.stream(self._reader.path("pods", f"{pod}/log"), query, read=_SILENT, patience=5.0)
+        except ApiError as error:
+            if over or not isinstance(error.__cause__, urllib3.exceptions.ReadTimeoutError):
+                raise
+            return  # not every server begins its answer before there is a line
         try:
             for line in _whole_lines(stream, over):
                 text, _, rest = line.partition(b" ")
