@@ -8,7 +8,8 @@ Rules:
 - The hub says with each answer what it has heard last of this agent. When that is ``driver_timeout`` seconds ago, however
   late an answer comes, the hub may have given it up: it ends everything, and itself.
 - A worker's end is told after all that it had to say.
-- SIGTERM means that this job is about to be taken away: nothing new begins, what runs may finish within _GRACE.
+- SIGTERM means that this job is about to be taken away: nothing new begins, what runs may finish within _GRACE, or what the
+  variable FIBEREXEC_GRACE says.
 - Workers know by the variable FIBEREXEC_JOB that they are in a job: it names a folder with the door and with shipped code.
 """
 
@@ -43,6 +44,7 @@ SILENCE = 3.0
 _LONGEST_SILENCE = 6.5
 _FOLDER = "fiberexec-job-"  # how the name of its folder begins
 _GRACE = 25.0  # seconds; who sends SIGTERM sends SIGKILL a little later
+GRACE = "FIBEREXEC_GRACE"  # the variable that says otherwise
 _BULK = 1 << 15  # bytes of an answer, beyond which more are likely to follow
 _SHUT = 0.5  # seconds that the door is shut when there is no descriptor for who comes in
 _BACKLOG = 4 << 20  # bytes on the way to the hub, beyond which workers' output waits
@@ -72,6 +74,7 @@ class Agent:
         self._least_patience: float = min(self._timeout / SILENCE, _LONGEST_SILENCE)
         self._patience: float = self._least_patience
         self._look_at = monotonic() + self._least_patience  # whether what was said has arrived
+        self._grace = float(os.environ.pop(GRACE, _GRACE))
         self._leave_at = float("inf")  # end, whatever runs
         self._running = 0  # workers
         self._link = self._dial()
@@ -159,7 +162,7 @@ class Agent:
         """SIGTERM has come."""
         os.read(wake, 64)
         if not self._leaving:
-            self._leave_at = monotonic() + _GRACE
+            self._leave_at = monotonic() + self._grace
             self._say("leaving")
 
     def _watch_backend(self) -> None:

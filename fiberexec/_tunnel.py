@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import struct
@@ -35,13 +36,14 @@ from collections.abc import Callable
 from time import monotonic
 
 from fiberexec._relay import IN, OUT, Relays
-from fiberexec._session import KEY_SIZE, MESSAGE_BYTES, Session, read_header
+from fiberexec._session import CLOSE, KEY_SIZE, MESSAGE_BYTES, Session, read_header
 from fiberexec._stream import Buffer, ProtocolError
 
 BEAT = 5.0  # seconds, at most
 _BEATS = 12  # in the time for which an end may be out of the other's reach
 _LENGTH = struct.Struct("<I")
 _LONGEST = 4 * MESSAGE_BYTES  # bytes of a message
+_SHUT = 0.5  # seconds that a door is shut when there is no descriptor for who comes in
 _FULL = 1 << 20  # bytes that wait for the stream: then no more messages are made
 
 
@@ -60,6 +62,7 @@ class _End:
         self._beat_at = 0.0
         self.beat = BEAT
         self.heard = monotonic()
+        self.told = monotonic()  # likewise, but a stream that has only been made says nothing
 
     def opened(self, channel: int) -> None:
         """The other end has a new connection."""
@@ -181,7 +184,7 @@ class _End:
                 self.session = Session(read_header(message)[0])
             for packet in self.session.accept(message):
                 self.relays.handle(packet)
-            self.heard = monotonic()
+            self.heard = self.told = monotonic()
 
 
 class OuterEnd(_End):
@@ -190,6 +193,7 @@ class OuterEnd(_End):
     def __init__(self, port: int, inner: int) -> None:
         super().__init__(None)
         self._doors = 0  # the last channel
+        self._opens_at = 0.0  # when what was shut opens again
         try:
             self._agents = _listener("::", port)
         except OSError:  # a host without IPv6
@@ -198,16 +202,41 @@ class OuterEnd(_End):
         self.follow(self._streams.fileno(), IN, lambda events: self._welcome())
 
     def _welcome(self) -> None:
-        fd, _ = self._streams._accept()  # type: ignore[attr-defined]
+        try:
+            fd, _ = self._streams._accept()  # type: ignore[attr-defined]
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            self._shut(self._streams)
+            return
         stream = socket(fileno=fd)
         stream.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         self.attach(stream)
         self.follow(self._agents.fileno(), IN, lambda events: self._accept())
 
+    def _shut(self, door: socket) -> None:
+        """Out of descriptors: who waits at the door would keep the loop busy until there are some."""
+        self.unfollow(door.fileno())
+        self._opens_at = monotonic() + _SHUT
+
+    def turn(self) -> None:
+        super().turn()
+        if self._opens_at and monotonic() >= self._opens_at:
+            self._opens_at = 0.0
+            self.follow(self._streams.fileno(), IN, lambda events: self._welcome())
+            if self.session is not None:
+                self.follow(self._agents.fileno(), IN, lambda events: self._accept())
+
     def _accept(self) -> None:
         if self.session is None:
             return  # the other end has not said which session it is
-        fd, _ = self._agents._accept()  # type: ignore[attr-defined]
+        try:
+            fd, _ = self._agents._accept()  # type: ignore[attr-defined]
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            self._shut(self._agents)
+            return
         self._doors += 1
         sock = socket(fileno=fd)
         sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
@@ -232,7 +261,11 @@ class InnerEnd(_End):
         self._pause = 0.1
 
     def opened(self, channel: int) -> None:
-        sock = socket(AF_INET, SOCK_STREAM)
+        try:
+            sock = socket(AF_INET, SOCK_STREAM)
+        except OSError:  # out of descriptors: that agent tries again
+            self._push(CLOSE, channel)
+            return
         try:
             sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
             sock.connect(("127.0.0.1", self._port))
@@ -274,6 +307,8 @@ def _listener(host: str, port: int) -> socket:
 def main() -> None:
     """The outer end's program: the port for agents, the one for the stream, the patience and the beat in seconds."""
     port, inner, patience = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one connection for each agent, and for each door
     # The first process of a container, which signals without a handler do not end. It has nothing to lose.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     end = OuterEnd(port, inner)

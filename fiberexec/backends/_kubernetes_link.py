@@ -30,6 +30,7 @@ from fiberexec.backends._kubernetes_reader import Reader
 AGENTS, STREAM = 4711, 4712  # ports of the outpost's pod
 CONNECT = 10.0  # seconds that the stream may take to be made
 _PATIENCE = 30.0  # seconds that the first one may take
+_LOST = 20.0  # seconds beyond driver_timeout without a word of the outpost, which has ended itself by then
 _LOW = 8  # descriptors that are kept for the stream: the SDK uses select(), which takes none above 1023
 _POLL = 0.25  # seconds between looks at a pod that starts
 _LATE = 2.0  # seconds without a pod, after which the cluster's reason is looked for
@@ -77,8 +78,9 @@ class Link:
             self._first()
             owner = {"apiVersion": "batch/v1", "kind": "Job", "name": self._name, "uid": found["metadata"]["uid"]}
             _say({"address": self._address, "owner": owner})
+            self._tunnel.told = time.monotonic()
             while not self.over:
-                self._tunnel.turn()
+                self._turn()
         except Gone as error:
             _say({"failed": f"Kubernetes: {error}", "final": False})
         except (ApiError, Setup, LaunchError) as error:
@@ -87,6 +89,11 @@ class Link:
         finally:
             if made:
                 self._remove()
+
+    def _turn(self) -> None:
+        self._tunnel.turn()
+        if time.monotonic() > self._tunnel.told + self._told["timeout"] + _LOST:  # its node may be lost, and its pod be kept
+            raise Gone(f"pod {self._pod} has not been heard of for too long, nor can have been any pod of the program")
 
     def _end(self) -> None:
         self._over = True

@@ -15,6 +15,8 @@ LABEL = "fiberexec."  # how the labels begin that are ours
 CREDENTIALS = "/var/run/fiberexec/credentials"
 CREDENTIALS_VOLUME = "fiberexec-credentials"
 NOBODY = 65534
+_GRACE = 30  # seconds that Kubernetes gives a pod which is to go, where the pod does not say
+_MARGIN = 5.0  # seconds of these that are left to the cluster
 _DNS = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z")
 _NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?\Z")
 _KEY = re.compile(r"([a-z0-9]([-.a-z0-9]*[a-z0-9])?/)?[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?\Z")
@@ -110,9 +112,10 @@ def pod(
         "args": None,
         "volumeMounts": [{"name": CREDENTIALS_VOLUME, "mountPath": os.path.dirname(CREDENTIALS), "readOnly": True}],
     }
+    container["env"] = [{"name": "FIBEREXEC_GRACE", "value": f"{_grace(made):g}"}]
     if image:
         container["image"] = image
-        container["env"] = [{"name": "FIBEREXEC_IMAGE", "value": image}]
+        container["env"].append({"name": "FIBEREXEC_IMAGE", "value": image})
     if options.resources:
         container["resources"] = options.resources
     result: dict[str, Any] = merged(
@@ -130,6 +133,13 @@ def pod(
         },
     )
     return result
+
+
+def _grace(pod: dict[str, Any]) -> float:
+    """Seconds that what runs in a pod has when that is to go."""
+    given = pod["spec"].get("terminationGracePeriodSeconds", _GRACE)
+    seconds = given if isinstance(given, int) else _GRACE  # the API server refuses anything else
+    return max(0.0, seconds - min(_MARGIN, seconds / 6))
 
 
 def _defaults(options: Options) -> dict[str, Any]:

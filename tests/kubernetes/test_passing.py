@@ -12,11 +12,12 @@ import pytest
 from fiberexec import LaunchError, _config
 from fiberexec.backends import _kubernetes_api as api
 from fiberexec.backends import _kubernetes_jobs as jobs
+from fiberexec.backends import _kubernetes_link as link_program
 from fiberexec.backends import _kubernetes_make as make
 from fiberexec.backends import _kubernetes_outpost as outpost
 from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends import kubernetes as backend
-from fiberexec.backends._kubernetes_link import Link
+from fiberexec.backends._kubernetes_link import Gone, Link
 from fiberexec.backends.base import Job, JobEnded
 
 from .conftest import Place, eventually
@@ -120,6 +121,28 @@ def test_what_an_outpost_waits_for_may_pass_too(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(LaunchError, match="no such host") as caught:
         link._make()
     assert caught.value.final
+
+
+def test_an_outpost_of_which_nothing_is_heard_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node may be lost, and the cluster keep the pod as it was."""
+    told = {"namespace": "here", "job": {"metadata": {"name": "it"}}, "context": None, "port": 1, "timeout": 60.0}
+    link = Link({**told, "known": False})
+    monkeypatch.setattr(link._tunnel, "turn", lambda: None)
+    link._turn()
+    link._tunnel.told -= 60.0 + outpost.MARGIN  # the outpost may have ended just now
+    link._turn()
+    link._tunnel.told -= link_program._LOST - outpost.MARGIN
+    with pytest.raises(Gone, match="has not been heard of"):
+        link._turn()
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "25"), (600, "595"), (3, "2.5"), (0, "0")])
+def test_an_agent_has_the_grace_period_that_the_template_gives(given: int | None, expected: str, fake: Fake) -> None:
+    template = {"spec": {} if given is None else {"terminationGracePeriodSeconds": given}}
+    one = Place(image="x", backend_options={"pod_template": template})
+    [container] = fake.pods[one.start(1, "")]["spec"]["containers"]
+    assert {"name": "FIBEREXEC_GRACE", "value": expected} in container["env"]
+    one.close()
 
 
 # -- an API server

@@ -192,6 +192,15 @@ def test_a_job_that_is_taken_away_charges_nobody(make: Any, jobs: Any, started: 
         assert future.result(LIMIT) != pid and len(runs(path)) == 2
 
 
+def test_a_job_that_is_taken_away_leaves_when_its_grace_is_over(make: Any, jobs: Any, started: Any, until: Any) -> None:
+    executor = make(1, env={"FIBEREXEC_GRACE": "0.5"})
+    future, pid, path = started(executor)
+    agent = psutil.Process(pid).parent().parent()
+    agent.terminate()
+    until(lambda: not alive(agent.pid), 10)  # and not in 25 s
+    assert future.result(LIMIT) != pid and len(runs(path)) == 2
+
+
 def test_an_idle_job_that_is_told_to_end_ends(make: Any, jobs: Any, until: Any) -> None:
     executor = make(1)
     assert executor.submit(int).result(LIMIT) == 0

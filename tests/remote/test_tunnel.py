@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -150,10 +153,81 @@ def test_a_hub_that_does_not_listen_ends_the_connection(ends: Ends) -> None:
         assert client.recv(1) == b""
 
 
-def program(patience: float) -> subprocess.Popen[str]:
+class Full:
+    """A listener of a process that has no descriptor for who comes first."""
+
+    def __init__(self, door: Any) -> None:
+        self.tries = 0
+        self._door = door
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._door, name)
+
+    def _accept(self) -> Any:
+        self.tries += 1
+        if self.tries == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._door._accept()
+
+
+@pytest.mark.parametrize("door", ["_agents", "_streams"])
+def test_an_outer_end_without_descriptors_takes_who_waits_when_there_are_some(door: str, ends: Ends) -> None:
+    found: list[bool] = []
+    exchange(ends, 1, 1, found)
+    full = Full(getattr(ends.outer, door))
+    setattr(ends.outer, door, full)
+    if door == "_streams":
+        ends.cut()
+    exchange(ends, 1000, 1, found)
+    assert found == [True] * 2 and full.tries == 2  # it did not try all the time
+
+
+def test_an_inner_end_without_a_descriptor_ends_that_connection_and_no_other(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _tunnel.socket
+    failed: list[Any] = []
+
+    def once(*arguments: Any, **named: Any) -> Any:
+        if arguments and not failed:  # those that were accepted are given by number
+            failed.append(arguments)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return made(*arguments, **named)
+
+    monkeypatch.setattr(_tunnel, "socket", once)
+    with socket.create_connection(("127.0.0.1", ends.agents), LIMIT) as client:
+        assert client.recv(1) == b""
+    found: list[bool] = []
+    exchange(ends, 1000, 1, found)
+    assert found == [True] and failed
+
+
+def test_only_what_is_said_proves_that_the_other_end_is_there(ends: Ends) -> None:
+    before = ends.inner.told
+    exchange(ends, 1, 1, [])
+    assert ends.inner.told > before
+    silent, ends.over = socket.socketpair(), True
+    ends._threads[2].join(LIMIT)  # the inner end stands still
+    told = ends.inner.told = 1.0
+    with silent[0]:
+        ends.inner.attach(silent[1])
+        assert ends.inner.told == told < ends.inner.heard
+
+
+def program(patience: float, **options: Any) -> subprocess.Popen[str]:
     ports = map(str, _free(2))
     command = [sys.executable, "-m", "fiberexec._tunnel", *ports, str(patience), "0.1"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_outer_end_has_as_many_descriptors_as_it_may() -> None:
+    with program(LIMIT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 256))) as process:
+        while not _catches(process.pid, signal.SIGTERM):
+            assert process.poll() is None
+        with open(f"/proc/{process.pid}/limits") as file:
+            (limits,) = (line.split()[3:5] for line in file if line.startswith("Max open files"))
+        process.terminate()
+    assert limits == ["256", "256"]
 
 
 def test_the_outer_end_ends_when_it_hears_nothing() -> None:
