@@ -106,6 +106,7 @@ def test_pods_of_another_driver_are_seen_read_and_ended(driver: subprocess.Popen
 
 def test_logs_follow_a_pod_to_its_end(driver: subprocess.Popen[str], space: str) -> None:
     job = job_of(driver)
+    until(lambda: rows()[job]["state"] == "running")  # the worker may say so before the cluster does
     command = [sys.executable, "-m", "fiberexec", "logs", "-f", "--backend", "kubernetes", job]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follow:
         assert follow.stdout is not None
