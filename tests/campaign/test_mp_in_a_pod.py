@@ -15,7 +15,7 @@ import pytest
 from services import cluster_image, require_kubernetes, worker_image
 
 TESTS = Path(__file__).resolve().parents[1]
-MODULES = ["queues", "asyncmanager", "condition", "manager_ends", "managers", "pool", "pool_faults", "pool_life", "process"]
+MODULES = ["pool_faults", "queues", "asyncmanager", "condition", "manager_ends", "managers", "pool", "pool_life", "process"]
 MODULES += ["process_family", "hub_faults", "hub_memory", "ring", "sharedctypes", "synchronize", "elsewhere"]
 MODULES += ["elsewhere_memory", "elsewhere_queues"]
 
