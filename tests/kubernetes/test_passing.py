@@ -179,6 +179,7 @@ def test_a_server_that_is_busy_at_the_start_is_no_server_that_is_not_there(
         one.start(1, "")
     assert not caught.value.final and "VPN" not in str(caught.value)
     fake.before = lambda *_: None
+    monkeypatch.setattr(watches, "PATIENCE", 30.0)  # it is asked again when it has been left alone for some seconds
     one.start(2, "")
 
 
