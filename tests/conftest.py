@@ -31,6 +31,9 @@ FOLDER = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="test
 
 # A shell that runs the tests in the background makes them ignore Ctrl-C, and so all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# And nohup a terminal's end: with a handler here the tests still go on, and what they start does not inherit it.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_unconfigure() -> None:
