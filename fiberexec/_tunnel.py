@@ -202,22 +202,24 @@ class OuterEnd(_End):
         self.follow(self._streams.fileno(), IN, lambda events: self._welcome())
 
     def _welcome(self) -> None:
-        try:
-            fd, _ = self._streams._accept()  # type: ignore[attr-defined]
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError:
-            self._shut(self._streams)
-            return
-        stream = socket(fileno=fd)
-        stream.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        self.attach(stream)
-        self.follow(self._agents.fileno(), IN, lambda events: self._accept())
+        stream = self._let_in(self._streams)
+        if stream is not None:
+            self.attach(stream)
+            self.follow(self._agents.fileno(), IN, lambda events: self._accept())
 
-    def _shut(self, door: socket) -> None:
-        """Out of descriptors: who waits at the door would keep the loop busy until there are some."""
-        self.unfollow(door.fileno())
-        self._opens_at = monotonic() + _SHUT
+    def _let_in(self, door: socket) -> socket | None:
+        """The next who waits at a door, if somebody does and there is a descriptor for it."""
+        try:
+            fd, _ = door._accept()  # type: ignore[attr-defined]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError:  # out of descriptors: who waits would keep the loop busy until there are some
+            self.unfollow(door.fileno())
+            self._opens_at = monotonic() + _SHUT
+            return None
+        sock = socket(fileno=fd)
+        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        return sock
 
     def turn(self) -> None:
         super().turn()
@@ -230,17 +232,10 @@ class OuterEnd(_End):
     def _accept(self) -> None:
         if self.session is None:
             return  # the other end has not said which session it is
-        try:
-            fd, _ = self._agents._accept()  # type: ignore[attr-defined]
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError:
-            self._shut(self._agents)
-            return
-        self._doors += 1
-        sock = socket(fileno=fd)
-        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        self.relays.open(self._doors, sock)
+        sock = self._let_in(self._agents)
+        if sock is not None:
+            self._doors += 1
+            self.relays.open(self._doors, sock)
 
     def run(self, patience: float) -> None:
         """Serve until nothing has been heard of the inner end for ``patience`` seconds."""
