@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from commands import run
 
 from fiberexec import _config
 from fiberexec._cli import run as run_command
-from fiberexec._cli import run_attach, run_base, run_exec, run_job
+from fiberexec._cli import run_attach, run_base, run_exec, run_job, run_kubernetes
 from fiberexec._cli.run_base import Fate, Wanted
 from fiberexec._cli.run_kubernetes import KubernetesPlace
 from fiberexec._errors import ConfigError, FiberError
+from fiberexec.backends import _kubernetes_jobs as jobs
 from fiberexec.backends._kubernetes_api import Api, ApiError
+from fiberexec.backends._kubernetes_reader import Reader
 
 JOBS = "/apis/batch/v1/namespaces/ns/jobs"
 
@@ -86,10 +89,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return found
 
 
-def start(place: KubernetesPlace | None = None, name: str = "night", **backend_options: Any) -> None:
+def start(place: KubernetesPlace | None = None, name: str = "night", **backend_options: Any) -> list[str]:
+    """Returns what was said."""
+    said: list[str] = []
     settings = _config.load(backend="kubernetes", image="i:1", backend_options=backend_options)
     wanted = Wanted("kubernetes", ("python", "x.py"), name, {}, None, settings, settings)
-    (place or KubernetesPlace("ns")).start(wanted, lambda text: None)
+    (place or KubernetesPlace("ns")).start(wanted, said.append)
+    return said
 
 
 def options_sent(cluster: Cluster) -> Any:
@@ -106,6 +112,29 @@ def test_a_pod_that_another_job_of_the_name_has_left_is_not_taken_for_the_progra
 def test_what_kept_another_job_of_the_name_from_its_pod_is_no_matter(cluster: Cluster) -> None:
     start()
     assert ("GET", "/api/v1/namespaces/ns/events") in cluster.asked and cluster.commands
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_kubelets_error_that_passes_sometimes_ends_a_start_only_if_it_lasts(
+    lasting: bool, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_kubernetes, "_PAUSE", 0.0)
+    monkeypatch.setattr(jobs, "LASTING", 0.0 if lasting else 60.0)
+    stuck, runs = pod("night-new", "new", "waiting"), pod("night-new", "new", "running")
+    stuck["status"]["containerStatuses"][0]["state"]["waiting"] = {
+        "reason": "CreateContainerError",
+        "message": "context deadline exceeded",
+    }
+    seen = itertools.chain([stuck, stuck], itertools.repeat(runs))
+    monkeypatch.setattr(Reader, "pods", lambda *_: [next(seen)])
+    if lasting:
+        with pytest.raises(FiberError, match="context deadline exceeded"):
+            start()
+        assert cluster.jobs == {} and cluster.commands == []
+    else:
+        told = start()
+        assert [text for text in told if "context deadline exceeded" in text] == told[-1:]
+        assert cluster.commands[-1][0] == "night-new"
 
 
 def test_of_two_pods_of_a_name_that_which_stays_is_meant_or_else_the_newer(cluster: Cluster) -> None:

@@ -28,6 +28,7 @@ from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines, shut
+from fiberexec.backends._kubernetes_jobs import Known
 from fiberexec.backends._kubernetes_reader import Reader
 
 _PAUSE = 0.5  # seconds between looks at a pod
@@ -119,6 +120,7 @@ class KubernetesPlace:
     def _running(self, wanted: Wanted, image: str, said: Callable[[str], None], job: str) -> dict[str, Any]:
         """The pod of a Job, given by its uid, when it runs. Raises FiberError with the cluster's words if it will not."""
         end = time.monotonic() + wanted.settings.startup_timeout
+        known = Known()
         told = ""
         while True:
             pod = self._pod(wanted.name, job)
@@ -126,16 +128,11 @@ class KubernetesPlace:
                 if pods.is_running(pod):
                     return pod
                 if pods.has_ended(pod):
-                    exit = pods.exit_of(pod)
-                    log = self._reader.tail(pods.name(pod))
-                    reason = errors.ended_early(exit._replace(log=log + exit.log), pods.name(pod), image, "kubernetes")
-                    raise FiberError(
-                        f"Kubernetes: {reason or f'pod {pods.name(pod)} ended at once'}\n{log}{exit.log}".rstrip()
-                    )
-                trouble = pods.trouble_of(pod)
-                if trouble is not None:
-                    text = errors.stuck(trouble, pods.name(pod), image, self._reader.namespace())
-                    if trouble.final:
+                    raise self._ended_at_once(pod, image)
+                known.see(pod, False)
+                if known.trouble is not None:
+                    text = errors.stuck(known.trouble, pods.name(pod), image, self._reader.namespace())
+                    if known.hopeless:
                         raise FiberError(f"Kubernetes: {text}")
                     if text != told:
                         said(told := text)
@@ -149,6 +146,12 @@ class KubernetesPlace:
                     f"{f': {told}' if told else ''}"
                 )
             time.sleep(_PAUSE)
+
+    def _ended_at_once(self, pod: dict[str, Any], image: str) -> FiberError:
+        exit = pods.exit_of(pod)
+        log = self._reader.tail(pods.name(pod)) + exit.log
+        reason = errors.ended_early(exit._replace(log=log), pods.name(pod), image, "kubernetes")
+        return FiberError(f"Kubernetes: {reason or f'pod {pods.name(pod)} ended at once'}\n{log}".rstrip())
 
     def _pod(self, name: str, job: str = "") -> dict[str, Any] | None:
         """The program's pod, None if there is none. One of its name that has been deleted may still be there, so the newest

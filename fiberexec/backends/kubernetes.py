@@ -364,13 +364,12 @@ class KubernetesBackend:
     def logs(self, job: str, follow: bool = False) -> Iterator[str]:
         """The lines that a job has written; with ``follow`` until it ends. Raises FiberError for an unknown one."""
         try:
-            stream = self._reader.log(job, follow)
+            for line in lines(self._reader.log(job, follow)):  # which ends the stream when nobody reads on
+                yield line.decode("utf-8", "replace")
         except ApiError as error:
             if error.status == 404:
                 raise FiberError(f"there is no job {job!r} in namespace {self._namespace}") from None
             raise self._failed(error, f"reading the log of {job}") from error
-        for line in lines(stream):  # which ends the stream when nobody reads on
-            yield line.decode("utf-8", "replace")
 
     def remove(self, program: str) -> int:
         """Delete all pods of a program, and with them their Secrets; returns how many there were."""
