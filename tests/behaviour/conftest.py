@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import elsewhere
 import pytest
 
 from fiberexec import FiberExecutor, _platform
 
-LIMIT = 30.0  # seconds after which a test that waits gives up; nothing takes a tenth of it
-BACKENDS = ["local", "agents"]
+LIMIT = elsewhere.LIMIT  # nothing takes a tenth of it
 # An agent that believes to be on the machine of test_resources; what comes behind it in the command is ignored.
 MACHINE = """
 import runpy, sys
@@ -34,18 +34,31 @@ PORTABLE = {"test_elastic", "test_end", "test_no_waiting", "test_standard", "tes
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        portable = ["portable"] if metafunc.module.__name__.rpartition(".")[2] in PORTABLE else []
-        metafunc.parametrize("backend", BACKENDS + portable, indirect=True)
+        module = metafunc.module.__name__.rpartition(".")[2]
+        # test_resources has its own idea of the machine.
+        one_host = module == "test_resources" or metafunc.definition.get_closest_marker("one_host")
+        backends = ["local", "agents", *(["portable"] if module in PORTABLE else []), *([] if one_host else elsewhere.FURTHER)]
+        metafunc.parametrize("backend", backends, indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend that can be reached from here."""
+    if request.param in elsewhere.NAMES:
+        space = "" if request.param == "docker" else request.getfixturevalue("space")
+        for variable, value in elsewhere.settings(request.param, space).items():
+            monkeypatch.setenv(variable, value)
+        return elsewhere.backend(request.param)
     if request.param == "portable":
         monkeypatch.setattr(_platform, "LINUX", False)
         monkeypatch.setenv("FIBEREXEC_PORTABLE", "1")
         return "local"
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def space() -> Iterator[str]:
+    yield from elsewhere.spaces()
 
 
 @pytest.fixture
@@ -115,7 +128,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.lists: dict[str, list[Any]] = {}
         self.changed = threading.Condition()
         self.closing = False
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__((elsewhere.address(), 0), _Handler)
 
 
 class _Handler(socketserver.StreamRequestHandler):

@@ -56,6 +56,7 @@ def test_min_workers_are_there_without_a_task_and_stay(make_executor: Make, even
     assert executor.stats().started == 2
 
 
+@pytest.mark.one_host("it looks at its workers' processes")
 def test_min_workers_are_replaced(make_executor: Make, eventually: Any) -> None:
     executor = make_executor(2, min_workers=2)
     eventually(lambda: executor.stats().idle == 2)
@@ -141,6 +142,7 @@ def test_what_they_return_is_a_frozen_dataclass(kind: Any, executor: FiberExecut
     assert {field.name for field in dataclasses.fields(kind)} == set(kind.__annotations__)
 
 
+@pytest.mark.one_host("it looks at its workers' processes")
 def test_workers_tell_who_does_what(make_executor: Make, board: Any, eventually: Any) -> None:
     executor = make_executor(2)
     held = executor.submit(hold, board)

@@ -35,6 +35,7 @@ def is_alive(pid: int) -> bool:
 # -- shutdown
 
 
+@pytest.mark.one_host("it looks at its workers' processes")
 def test_shutdown_waits_for_all_tasks_and_leaves_no_worker(make_executor: Make) -> None:
     executor = make_executor(2)
     futures = [executor.submit(pow, 2, i) for i in range(50)]
@@ -154,6 +155,7 @@ def test_an_interrupt_ends_tasks_that_wait_for_their_next_attempt(make_executor:
     assert future.cancelled()
 
 
+@pytest.mark.one_host("it looks at its workers' processes")
 @pytest.mark.parametrize("place", ["deciding", "writing"])
 def test_an_interrupt_in_the_midst_of_submit_ends_the_executor(
     make_executor: Make, board: Any, monkeypatch: pytest.MonkeyPatch, place: str
@@ -209,6 +211,7 @@ def test_a_defect_in_the_manager_is_said_and_nobody_waits(
 # -- the two harder ends
 
 
+@pytest.mark.one_host("it looks at its workers' processes")
 @pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
 def test_ending_the_workers_ends_every_future(make_executor: Make, board: Any, how: str) -> None:
     executor = make_executor(2)
@@ -254,6 +257,7 @@ def test_terminate_workers_lets_tasks_clean_up(make_executor: Make, board: Any) 
     board.wait("cleaned up")
 
 
+@pytest.mark.one_host("it looks at its workers' processes")
 def test_terminate_workers_ends_workers_that_ignore_sigterm(make_executor: Make, board: Any) -> None:
     def stubborn() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -257,6 +257,7 @@ def test_views_give_futures_that_can_be_terminated(executor: FiberExecutor, boar
     assert future.terminate() and is_cancelled(future)
 
 
+@pytest.mark.one_host("it looks at its workers' processes")
 def test_the_children_of_a_terminated_task_die_with_it(executor: FiberExecutor, board: Any, eventually: Any) -> None:
     def parent() -> None:
         import subprocess

@@ -29,7 +29,7 @@ def test_the_tests_of_mp_pass_in_a_pod(size: Callable[[int, int], int], tmp_path
     with clusters.namespace("privileged") as namespace:  # its pods see a folder of this machine
         options = {"FIBEREXEC_BACKEND_OPTIONS": json.dumps({"namespace": namespace}), "KUBECONFIG": kubeconfig}
         run = ["run", "--backend", "kubernetes", "--image", image, "--ship", str(TESTS.parent)]
-        run += ["--volume", f"{folder}:{folder}", "--env", f"TMPDIR={folder}", "--env", "TEST_MP_BACKENDS=kubernetes"]
+        run += ["--volume", f"{folder}:{folder}", "--env", f"TMPDIR={folder}", "--env", "TEST_BACKENDS=kubernetes"]
         command = [sys.executable, "-m", "fiberexec", *run, "python", "-m", "pytest", "-v", "-k", "kubernetes", *modules]
         environment = {**os.environ, **options, "XDG_STATE_HOME": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)

@@ -1,6 +1,6 @@
 """fiberexec.mp with its processes in pods: programs that print what they print on one host, wherever they run themselves.
 
-The whole behaviour suite runs in pods where ``TEST_MP_BACKENDS`` names them: see tests/mp/conftest.py.
+The whole behaviour suite runs in pods where ``TEST_BACKENDS`` names them: see tests/mp/conftest.py.
 """
 
 from __future__ import annotations

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import elsewhere
 import pytest
-import services
-from clusters import namespace
 
 from fiberexec import mp
 from fiberexec._hub import launch
@@ -18,7 +14,7 @@ from fiberexec.mp import _jobs, heap
 from fiberexec.mp.managers import SyncManager
 from fiberexec.mp.pool import Pool
 
-from . import carriers, pods
+from . import carriers
 from .helpers import Gate, Log
 
 
@@ -39,9 +35,7 @@ EVERYWHERE = {
 }  # fmt: skip
 # And those whose tests are about processes in jobs.
 ELSEWHERE = {"test_elsewhere", "test_elsewhere_memory", "test_elsewhere_queues"}
-# "docker", "kubernetes" and "outpost" (pods as from outside) take half an hour each; images are made while the first waits.
-FURTHER = [pytest.param(name, marks=pytest.mark.timeout(400)) for name in os.environ.get("TEST_MP_BACKENDS", "").split()]
-BACKENDS = ["local", "agents", *FURTHER]
+BACKENDS = ["local", "agents", *elsewhere.FURTHER]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -56,29 +50,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest, no_settings: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where processes run in this test."""
     name: str = getattr(request, "param", "local")
-    if name != "local":
-        monkeypatch.setenv("FIBEREXEC_BACKEND", "kubernetes" if name == "outpost" else name)
-    folder = tempfile.gettempdir()  # where tests and their processes meet
-    image = ""
-    if name in ("docker", "kubernetes", "outpost") and not pods.IN_A_POD:
-        image = services.worker_image(None, "numpy", "psutil", "pytest")
-    if name == "docker":
-        options = {"volumes": {folder: {"bind": folder, "mode": "rw"}}, "user": str(os.getuid())}
-        monkeypatch.setenv("FIBEREXEC_IMAGE", image)
-        monkeypatch.setenv("FIBEREXEC_BACKEND_OPTIONS", json.dumps(options))
-    elif name in ("kubernetes", "outpost"):
-        for variable, value in pods.settings(request.getfixturevalue("space"), image, folder, name == "outpost").items():
+    if name in elsewhere.NAMES:
+        space = "" if name == "docker" else request.getfixturevalue("space")
+        for variable, value in elsewhere.settings(name, space).items():
             monkeypatch.setenv(variable, value)
+    elif name != "local":
+        monkeypatch.setenv("FIBEREXEC_BACKEND", name)
     return name
 
 
 @pytest.fixture(scope="session")
 def space() -> Iterator[str]:
-    if pods.IN_A_POD:
-        yield ""
-        return
-    with namespace("privileged") as name:  # its pods see a folder of this machine
-        yield name
+    yield from elsewhere.spaces()
 
 
 @pytest.fixture

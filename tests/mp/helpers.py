@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped]
 import fiberexec
 from fiberexec import mp
 
-LIMIT = 90.0 if os.environ.get("TEST_MP_BACKENDS") else 30.0  # seconds after which a test that waits gives up
+LIMIT = 90.0 if os.environ.get("TEST_BACKENDS") else 30.0  # seconds after which a test that waits gives up
 LONG = 1000.0  # seconds that somebody sleeps whom somebody ends
 MIB = 1 << 20
 SHORT = 0.05  # seconds that something is given to happen which must not
