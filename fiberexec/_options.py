@@ -114,5 +114,8 @@ class Profiles:
         )
         has = self._largest.capacity
         if demand.cpu > has.cpu or demand.memory > has.memory or demand.gpu > has.gpu:
-            raise ResourceError(f"task {name} asks for {demand}, but pool {self._largest.name!r} has no more than {has}")
+            raise ResourceError(
+                f"task {name} asks for {demand}, but pool {self._largest.name!r} has no more than {has}; "
+                "what it has is said by cpu=, memory= and gpu= of the executor"
+            )
         return demand if any(demand) else None

@@ -39,6 +39,7 @@ def test_one_task_after_the_other_needs_one_worker(make_executor: Make) -> None:
     assert executor.stats().started == len(executor.workers()) == 1
 
 
+@pytest.mark.one_host("it tells workers apart by their pids")
 def test_as_many_workers_as_tasks_but_no_more_than_allowed(make_executor: Make, board: Any) -> None:
     executor = make_executor(3)
     futures = [executor.submit(hold, board) for _ in range(10)]
@@ -67,6 +68,7 @@ def test_min_workers_are_replaced(make_executor: Make, eventually: Any) -> None:
     assert executor.stats().lost == 0  # it did not execute anything
 
 
+@pytest.mark.one_host("it tells workers apart by their pids")
 def test_idle_workers_go_down_to_min_workers_and_come_back(make_executor: Make, board: Any, eventually: Any) -> None:
     executor = make_executor(3, min_workers=1, idle_timeout=0.1)
     futures = [executor.submit(hold, board) for _ in range(3)]
@@ -78,6 +80,7 @@ def test_idle_workers_go_down_to_min_workers_and_come_back(make_executor: Make, 
     assert {executor.submit(hold, board).result(LIMIT) for _ in range(3)} <= pids
 
 
+@pytest.mark.one_host("it tells workers apart by their pids")
 def test_without_min_workers_all_go_and_come_back(make_executor: Make, eventually: Any) -> None:
     executor = make_executor(2, idle_timeout=0.1)
     first = executor.submit(os.getpid).result(LIMIT)
@@ -86,6 +89,7 @@ def test_without_min_workers_all_go_and_come_back(make_executor: Make, eventuall
     assert executor.stats().lost == 0 and executor.stats().started == 2
 
 
+@pytest.mark.one_host("it tells workers apart by their pids")
 def test_a_busy_worker_is_not_idle(make_executor: Make, board: Any, eventually: Any) -> None:
     executor = make_executor(2, idle_timeout=0.1)
     held = executor.submit(hold, board)

@@ -337,6 +337,7 @@ def test_a_worker_is_replaced_after_its_share_of_tasks(make_executor: Make) -> N
     assert executor.stats().lost == 0
 
 
+@pytest.mark.one_host("it tells workers apart by their pids")
 @pytest.mark.parametrize("share", [1, 4])
 def test_the_share_holds_for_batches_and_for_map(make_executor: Make, share: int) -> None:
     executor = make_executor(2, max_tasks_per_child=share)

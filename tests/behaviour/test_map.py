@@ -245,6 +245,7 @@ def test_sizes_that_are_no_integers_are_refused(executor: FiberExecutor, wrong: 
         executor.map(square, [1], **wrong)
 
 
+@pytest.mark.one_host("it tells workers apart by their pids")
 def test_map_runs_elsewhere_and_on_all_workers(executor: FiberExecutor, board: Any) -> None:
     def where(i: int) -> int:
         board.meet("both", 2)

@@ -112,6 +112,7 @@ def test_map_hands_results_over_while_a_later_item_of_the_chunk_holds(
     assert list(results) == list(range(place, 300))
 
 
+@pytest.mark.one_host("it tells workers apart by their pids")
 def test_what_is_submitted_while_one_holds_goes_elsewhere(executor: FiberExecutor, board: Any) -> None:
     warm(executor, board)
     held = executor.submit(step, board, 0)

@@ -78,7 +78,7 @@ def post_slowly(board: Any, value: int) -> None:
 
 
 def test_tasks_of_one_priority_run_first_come_first_served_whatever_their_options(make_executor: Make, board: Any) -> None:
-    executor = make_executor(1)
+    executor = make_executor(1, memory=512)
     views = [executor, executor.options(timeout=LIMIT), executor.options(cpu=1), executor.options(memory=1), executor]
     held = executor.submit(hold, board)
     board.wait("held")
@@ -201,7 +201,7 @@ class Integer:
 
 
 def test_numbers_of_other_libraries_are_numbers(make_executor: Make, board: Any) -> None:
-    executor = make_executor(Integer(1), max_tasks_per_child=Integer(30))
+    executor = make_executor(Integer(1), max_tasks_per_child=Integer(30), memory=Integer(512))
     names = ("timeout", "priority", "cpu", "memory", "max_worker_losses")
     view = executor.options(gpu=Integer(0), **dict.fromkeys(names, Integer(1)))  # type: ignore[arg-type]
     running = executor.submit(board.wait, "go")

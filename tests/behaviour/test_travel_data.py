@@ -48,6 +48,7 @@ def test_arrays_of_records_dates_and_objects(executor: FiberExecutor) -> None:
         assert back.dtype == array.dtype and repr(back) == repr(array)
 
 
+@pytest.mark.one_host("the images have no pandas")
 def test_frames_arrive_equal_and_can_be_changed(executor: FiberExecutor) -> None:
     pd = pytest.importorskip("pandas")
 
