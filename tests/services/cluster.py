@@ -32,6 +32,7 @@ HERE = _running() or _OURS
 KUBECONFIG = HERE / "kubeconfig"
 NODE = "fiberexec"
 BRIDGE = "fxpods"
+_BRIDGE_ADDRESS = "02:66:78:00:00:01"
 ADDRESS = "10.244.0.1"  # of this machine on the bridge: pods reach it, other machines do not
 PODS = "10.244.0.0/16"
 SERVICES = "10.96.0.0/16"  # its first address is the API server's
@@ -184,7 +185,9 @@ def _make_bridge() -> None:
     remains.set_system("net/ipv4/ip_forward", "1")
     # Else an answer from a pod to a pod goes straight back, and is not taken for that of the service that was asked.
     remains.set_system("net/bridge/bridge-nf-call-iptables", "1")
-    run("ip", "link", "add", BRIDGE, "type", "bridge")
+    # A bridge without an address of its own takes the lowest of its ports': it would be another whenever a pod comes or goes,
+    # and what pods send be lost for as long as they know the old one, 40 seconds and more.
+    run("ip", "link", "add", BRIDGE, "address", _BRIDGE_ADDRESS, "type", "bridge")
     run("ip", "address", "add", f"{ADDRESS}/16", "dev", BRIDGE)
     run("ip", "link", "set", BRIDGE, "up")
     for rule in remains.firewall(BRIDGE, PODS):

@@ -53,6 +53,12 @@ def test_a_cluster_that_runs_is_left_as_it_is() -> None:
     assert (cluster.HERE / "kube-apiserver.pid").read_text() == pid
 
 
+def test_what_pods_know_of_this_machine_stays_true_while_others_come_and_go() -> None:
+    services.require_kubernetes()
+    given = 3  # NET_ADDR_SET of Linux: the address is the bridge's own, and not that of one of its ports
+    assert int(Path(f"/sys/class/net/{cluster.BRIDGE}/addr_assign_type").read_text()) == given
+
+
 def test_a_pod_runs_the_package_that_is_imported_here(pod: str) -> None:
     assert json.loads(run_python(pod, VERSIONS)) == list(sys.version_info[:3])
 
