@@ -18,10 +18,14 @@ from fiberexec._tls import Authority
 
 HUB, AGENT = "hub", "p1-1"
 
-# A process of its own, because a process that has opened an nng socket must not fork. Reads cases, prints verdicts.
+# A process of its own, because one that has opened an nng socket must not fork. Reads cases, prints verdicts. It ends as hubs
+# and agents do, with its sockets open: nng may crash when it closes one whose connections are ending.
 PROBE = """
-import json, socket, sys
+import json, os, socket, sys
 import pynng
+from fiberexec._link import _secured
+
+opened = []
 
 def attempt(server, client, name):
     names = []
@@ -29,41 +33,38 @@ def attempt(server, client, name):
         out = pynng._nng.ffi.new("char **")
         error = pynng._nng.lib.nng_pipe_get_string(pipe.pipe, b"tls-peer-cn", out)
         names.append("" if error else pynng._nng.ffi.string(out[0]).decode())
-    config = pynng.TLSConfig(
-        pynng.TLSConfig.MODE_SERVER, own_cert_string=server[0], own_key_string=server[1], ca_string=server[2],
-        auth_mode=pynng.TLSConfig.AUTH_MODE_REQUIRED)
-    with pynng.Rep0(recv_timeout=LIMIT) as rep:
-        rep.add_post_pipe_connect_cb(joined)
-        rep.tls_config = config
-        rep.listen("tls+tcp://127.0.0.1:0")
-        address = rep.listeners[0].local_address
-        port = int.from_bytes(address.port.to_bytes(2, sys.byteorder), "big")
-        if client == "plain":
-            with socket.create_connection(("127.0.0.1", port), 5) as sock:
-                sock.sendall(b"\\0SP\\0\\0\\x30\\0\\0")
-                try:
-                    while data := sock.recv(100):
-                        if b"SP" in data:
-                            return ["in", names]
-                except ConnectionResetError:
-                    pass
-            return ["refused", names]
-        keys = {} if client[0] is None else {"own_cert_string": client[0], "own_key_string": client[1]}
-        with pynng.Req0(recv_timeout=LIMIT, send_timeout=LIMIT) as req:
-            req.tls_config = pynng.TLSConfig(
-                pynng.TLSConfig.MODE_CLIENT, ca_string=client[2], server_name=name,
-                auth_mode=pynng.TLSConfig.AUTH_MODE_REQUIRED, **keys)
+    rep = pynng.Rep0(recv_timeout=LIMIT)
+    opened.append(rep)
+    rep.add_post_pipe_connect_cb(joined)
+    rep.tls_config = _secured(pynng.TLSConfig.MODE_SERVER, server[2], server[0], server[1])
+    rep.listen("tls+tcp://127.0.0.1:0")
+    address = rep.listeners[0].local_address
+    port = int.from_bytes(address.port.to_bytes(2, sys.byteorder), "big")
+    if client == "plain":
+        with socket.create_connection(("127.0.0.1", port), 5) as sock:
+            sock.sendall(b"\\0SP\\0\\0\\x30\\0\\0")
             try:
-                req.dial(f"tls+tcp://127.0.0.1:{port}", block=True)
-                req.send(b"?")
-                rep.recv()
-                rep.send(b"!")
-                return ["in" if req.recv() == b"!" else "?", names]
-            except pynng.NNGException as error:
-                return ["refused", names, str(error)]
+                while data := sock.recv(100):
+                    if b"SP" in data:
+                        return ["in", names]
+            except ConnectionResetError:
+                pass
+        return ["refused", names]
+    req = pynng.Req0(recv_timeout=LIMIT, send_timeout=LIMIT)
+    opened.append(req)
+    req.tls_config = _secured(pynng.TLSConfig.MODE_CLIENT, client[2], client[0], client[1], name)
+    try:
+        req.dial(f"tls+tcp://127.0.0.1:{port}", block=True)
+        req.send(b"?")
+        rep.recv()
+        rep.send(b"!")
+        return ["in" if req.recv() == b"!" else "?", names]
+    except pynng.NNGException as error:
+        return ["refused", names, str(error)]
 
 LIMIT = 2000
-print(json.dumps({case: attempt(*sides) for case, sides in json.load(sys.stdin).items()}))
+print(json.dumps({case: attempt(*sides) for case, sides in json.load(sys.stdin).items()}), flush=True)
+os._exit(0)
 """
 
 
