@@ -9,7 +9,12 @@ import mmap
 import os
 import sys
 from _socket import CMSG_SPACE, SCM_RIGHTS, SOL_SOCKET, gethostname, socket, socketpair
+from _thread import get_ident
 from time import monotonic, sleep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LINUX = sys.platform == "linux" and not os.environ.get("FIBEREXEC_PORTABLE")
 
@@ -100,6 +105,29 @@ def adopt_orphans() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def hold_while_forking(number: int, in_child: Callable[[], None]) -> None:
+    """From now on a signal that comes while this process forks waits; to the child it comes after ``in_child()``.
+
+    Before, it would meet a handler of the parent's there, and Python forgets what came before the child's first step.
+    """
+    from signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask
+
+    masks = {}  # by thread
+
+    def before() -> None:
+        masks[get_ident()] = pthread_sigmask(SIG_BLOCK, ())
+        pthread_sigmask(SIG_BLOCK, {number})
+
+    def after() -> None:
+        pthread_sigmask(SIG_SETMASK, masks.pop(get_ident()))
+
+    def after_in_child() -> None:
+        in_child()
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
 def children(pid: int) -> list[int]:

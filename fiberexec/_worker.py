@@ -22,6 +22,7 @@ from time import monotonic, monotonic_ns
 
 from fiberexec import _messages as messages
 from fiberexec._outbox import Outbox, flush_output
+from fiberexec._platform import hold_while_forking
 from fiberexec._serialize import dump_exception, dumps_plain, dumps_result, is_plain, loads
 from fiberexec._stream import Stream
 
@@ -87,7 +88,7 @@ class Worker:
             signal.signal(signal.SIGURG, self._nudged)
             signal.siginterrupt(signal.SIGURG, False)
             faulthandler.enable(2)
-            os.register_at_fork(after_in_child=self._forked)
+            hold_while_forking(signal.SIGTERM, self._forked)
             sys.modules["__main__"] = type(sys)("__main__")
             self._serve()
             self._leave()

@@ -151,6 +151,21 @@ def test_a_task_may_fork(ex: FiberExecutor) -> None:
     assert ex.submit(fork_a_child_that_leaves).result(30) == 0
 
 
+def fork_children_and_terminate_them() -> list[int]:
+    ends = []
+    for _ in range(100):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(600)
+        os.kill(pid, signal.SIGTERM)  # it may not have begun yet
+        ends.append(os.waitpid(pid, 0)[1])
+    return ends
+
+
+def test_sigterm_ends_a_child_of_a_task_at_any_moment(ex: FiberExecutor) -> None:
+    assert ex.submit(fork_children_and_terminate_them).result(30) == [signal.SIGTERM] * 100
+
+
 def use_multiprocessing() -> list[int]:
     import multiprocessing
 
