@@ -85,12 +85,20 @@ def silent() -> Exception:
     return urllib3.exceptions.ReadTimeoutError(None, "", "Read timed out.")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("zone, since", [("Z", "2026-01-01T00:00:01Z"), ("+02:00", "2025-12-31T22:00:01Z")])
+@pytest.mark.parametrize("zone, since", [("Z", "2026-01-01T00:00:03Z"), ("+02:00", "2025-12-31T22:00:03Z")])
 def test_a_node_may_be_in_any_zone(follow: Any, zone: str, since: str) -> None:
-    one, two = stamped(1, "one\n", zone), stamped(2, "two\n", zone)
+    one, two = stamped(8, "one\n", zone), stamped(9, "two\n", zone)
     cluster = Cluster([RUNS, ENDED], [[one], [one, two]])
     assert follow(cluster) == (Fate(3), b"one\ntwo\n")
-    assert [asked for asked, _ in cluster.asked] == [None, since]
+    assert [asked for asked, _ in cluster.asked] == [None, since]  # some seconds earlier: see the next
+
+
+def test_lines_that_stand_in_another_order_than_that_of_their_times_come_once(follow: Any) -> None:
+    err, out, same = stamped(1, "err\n"), stamped(2, "out\n"), stamped(2, "same\n")
+    assert follow(Cluster([RUNS, ENDED], [[out, err], [out, err]])) == (Fate(3), b"out\nerr\n")
+    assert follow(Cluster([RUNS, ENDED], [[out], [out, err, same]])) == (Fate(3), b"out\nerr\nsame\n")
+    long, late = [stamped(second, f"{second}\n") for second in range(1, 9)], stamped(7, "late\n")
+    assert follow(Cluster([RUNS, ENDED], [long, [*long[3:], late]])) == (Fate(3), b"1\n2\n3\n4\n5\n6\n7\n8\nlate\n")
 
 
 def test_a_log_that_breaks_off_when_the_program_has_ended_is_read_on(follow: Any) -> None:

@@ -13,28 +13,25 @@ import base64
 import json
 import os
 import posixpath
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from typing import IO, Any
 
 from fiberexec._cli import run_code, run_files, run_job
 from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, followed, variables
 from fiberexec._cli.run_exec import Exec
+from fiberexec._cli.run_log import PodLog
 from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines, shut
+from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines
 from fiberexec.backends._kubernetes_jobs import Known
 from fiberexec.backends._kubernetes_reader import Reader
 
 _PAUSE = 0.5  # seconds between looks at a pod
 _AWAY = 120.0  # seconds that the API server may be away
-_SILENT = 60.0  # seconds without a line after which the log is asked for again, in case the connection has died unseen
-_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
 
 
 class KubernetesPlace:
@@ -168,7 +165,7 @@ class KubernetesPlace:
     # -- a program that is there
 
     def follow(self, name: str, put: Put) -> Fate:
-        since = ""
+        log = PodLog(self._api)
         away = 0.0
         while True:
             try:
@@ -177,9 +174,9 @@ class KubernetesPlace:
                     return Fate(137, f"the pod of {name} was deleted before it had ended")
                 over = pods.has_ended(pod)
                 if over or pods.is_running(pod):
-                    for stamp, line in self._log(pods.name(pod), since, over):
+                    for line in log.read(self._reader.path("pods", f"{pods.name(pod)}/log"), over):
                         put(1, line)
-                        since, away = stamp, 0.0
+                        away = 0.0
                 away = 0.0
             except (ApiError, FiberError) as error:
                 refusal = error if isinstance(error, ApiError) else error.__cause__
@@ -192,30 +189,6 @@ class KubernetesPlace:
             if over and pod is not None:
                 return run_job.fate(name, pod)
             time.sleep(_PAUSE)
-
-    def _log(self, pod: str, since: str, over: bool) -> Iterator[tuple[str, bytes]]:
-        """(time, line) of what came after a time. Raises ApiError if a program is ``over`` and not all of it could be read."""
-        import urllib3
-
-        query = {"container": pods.WORKER, "follow": "true", "timestamps": "true"}
-        if since:
-            query["sinceTime"] = f"{since[:19]}Z"
-        try:
-            stream = self._api.stream(self._reader.path("pods", f"{pod}/log"), query, read=_SILENT, patience=5.0)
-        except ApiError as error:
-            if over or not isinstance(error.__cause__, urllib3.exceptions.ReadTimeoutError):
-                raise
-            return  # not every server begins its answer before there is a line
-        try:
-            for line in _whole_lines(stream, over):
-                text, _, rest = line.partition(b" ")
-                stamp = _utc(text.decode("ascii", "replace"))
-                if stamp > since:  # what has none is the kubelet's own
-                    yield stamp, rest
-        except ApiError:
-            if over:
-                raise
-            # else follow() looks whether it has ended, and asks again for what has not come
 
     def lines(self, name: str, follow: bool) -> Iterator[str]:
         if follow:
@@ -336,33 +309,3 @@ def _portable(wanted: Wanted) -> Wanted:
 def _newness(pod: dict[str, Any]) -> tuple[bool, str]:
     meta = pod["metadata"]
     return "deletionTimestamp" not in meta, meta.get("creationTimestamp", "")
-
-
-def _whole_lines(stream: Any, over: bool) -> Iterator[bytes]:
-    """The lines of a log, with their ends. The last may have none, if the program is ``over``: else the rest is yet to come.
-
-    Raises ApiError when the stream breaks.
-    """
-    import urllib3
-
-    rest = b""
-    try:
-        for piece in stream.stream(1 << 16, decode_content=False):
-            *whole, rest = (rest + piece).split(b"\n")
-            yield from (line + b"\n" for line in whole)
-        if rest and over:
-            yield rest
-    except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
-        raise ApiError(0, "", f"{type(error).__name__}: {error}", "") from error
-    finally:
-        shut(stream)
-
-
-def _utc(stamp: str) -> str:
-    """A time as a node writes it, in its own zone, as one in UTC that sorts; "" if it is none."""
-    found = _TIME.fullmatch(stamp)
-    if found is None:
-        return ""
-    second, part, zone = found.groups()
-    moment = datetime.fromisoformat(second + ("+00:00" if zone == "Z" else zone)).astimezone(timezone.utc)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{part or '':0<9}Z"
