@@ -81,6 +81,8 @@ def receive_fds(sock: socket, size: int, count: int) -> tuple[bytes, list[int]]:
 
 # -- dying together
 
+_SOON = 0.01  # seconds
+
 
 def tie_group_to(fd: int) -> None:
     """Let the kernel kill this process' group when the last writer of the pipe ``fd`` has gone.
@@ -121,13 +123,33 @@ def hold_while_forking(number: int, in_child: Callable[[], None]) -> None:
         pthread_sigmask(SIG_BLOCK, {number})
 
     def after() -> None:
-        pthread_sigmask(SIG_SETMASK, masks.pop(get_ident()))
+        if get_ident() in masks:  # else a signal has just ended before()
+            pthread_sigmask(SIG_SETMASK, masks.pop(get_ident()))
 
     def after_in_child() -> None:
         in_child()
         after()
 
     os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
+
+
+def repeat_when_ignored(number: int, raised: type[BaseException]) -> None:
+    """Let a signal come again whose handler raised where Python ignores that: in a finalizer, or a hook of a fork."""
+    from _thread import start_new_thread
+
+    said = sys.unraisablehook
+
+    def again() -> None:
+        sleep(_SOON)
+        os.kill(os.getpid(), number)
+
+    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is raised:
+            start_new_thread(again, ())
+        else:
+            said(unraisable)
+
+    sys.unraisablehook = ignored
 
 
 def children(pid: int) -> list[int]:

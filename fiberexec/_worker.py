@@ -22,7 +22,7 @@ from time import monotonic, monotonic_ns
 
 from fiberexec import _messages as messages
 from fiberexec._outbox import Outbox, flush_output
-from fiberexec._platform import hold_while_forking
+from fiberexec._platform import hold_while_forking, repeat_when_ignored
 from fiberexec._serialize import dump_exception, dumps_plain, dumps_result, is_plain, loads
 from fiberexec._stream import Stream
 
@@ -89,6 +89,7 @@ class Worker:
             signal.siginterrupt(signal.SIGURG, False)
             faulthandler.enable(2)
             hold_while_forking(signal.SIGTERM, self._forked)
+            repeat_when_ignored(signal.SIGTERM, Stopped)
             sys.modules["__main__"] = type(sys)("__main__")
             self._serve()
             self._leave()

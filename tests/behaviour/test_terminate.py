@@ -59,6 +59,28 @@ def test_finally_blocks_run_before_the_future_is_done(executor: FiberExecutor, b
     assert board.read("cleaned up") == [None]
 
 
+def test_a_task_is_stopped_in_a_finalizer_though_python_ignores_what_is_raised_there(
+    make_executor: Make, board: Any
+) -> None:
+    class Slow:
+        def __del__(self) -> None:
+            hold(board)
+
+    def stoppable() -> None:
+        try:
+            Slow()
+            board.wait("never")
+        finally:
+            board.post("cleaned up")
+
+    executor = make_executor(1)
+    future = executor.submit(stoppable)
+    board.wait("held")
+    future.terminate()
+    assert is_cancelled(future)
+    assert board.read("cleaned up") == [None]
+
+
 def test_a_task_that_catches_everything_is_stopped_all_the_same(executor: FiberExecutor, board: Any) -> None:
     def stubborn() -> str:
         try:

@@ -8,12 +8,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 
 import fiberexec
 from fiberexec import FiberExecutor, TaskTimeout, WorkerLost
+
+Until = Callable[..., bool]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -164,6 +168,29 @@ def fork_children_and_terminate_them() -> list[int]:
 
 def test_sigterm_ends_a_child_of_a_task_at_any_moment(ex: FiberExecutor) -> None:
     assert ex.submit(fork_children_and_terminate_them).result(30) == [signal.SIGTERM] * 100
+
+
+def fork_without_end(folder: str) -> None:
+    try:
+        while True:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            Path(folder, "forked").touch()
+    finally:
+        Path(folder, "cleaned up").touch()
+
+
+def test_a_task_that_forks_is_stopped_at_any_moment(ex: FiberExecutor, until: Until, tmp_path: Path) -> None:
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        future = ex.submit(fork_without_end, str(folder))
+        assert until((folder / "forked").exists)
+        future.terminate()
+        wait([future], 30)
+        assert future.cancelled() and (folder / "cleaned up").exists()
 
 
 def use_multiprocessing() -> list[int]:
