@@ -47,7 +47,14 @@ def backend(name: str) -> str:
     return "kubernetes" if name == "outpost" else name
 
 
-def settings(name: str, space: str) -> dict[str, str]:
+def enter(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a test the environment of a program whose jobs are there."""
+    space = "" if name == "docker" else request.getfixturevalue("space")
+    for variable, value in _settings(name, space).items():
+        monkeypatch.setenv(variable, value)
+
+
+def _settings(name: str, space: str) -> dict[str, str]:
     """The environment of a program whose jobs are there. They see the folder of temporary files, where tests and jobs meet."""
     folder = tempfile.gettempdir()
     variables = {"FIBEREXEC_BACKEND": backend(name)}

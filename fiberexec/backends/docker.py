@@ -21,18 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fiberexec import _platform
-from fiberexec._errors import FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
 from fiberexec.backends._containers import signed
-from fiberexec.backends._docker_engine import Engine, remove, sdk, shut, write
+from fiberexec.backends._docker_engine import Engine, remove, sdk, write
 from fiberexec.backends._docker_images import EARLY, Image, Images
+from fiberexec.backends._docker_reader import Reader
 from fiberexec.backends._docker_watch import Connected, Events, Happened
 from fiberexec.backends._image_errors import quoted
 from fiberexec.backends.base import Exit, Job, JobEnded, Pool, Resources
 
 _STARTS = 8  # containers that are started at once: more do not come up any sooner
-_TAIL = 30  # lines of a container's log that are kept
 _LINGER = 1.0  # seconds that a container stays when it has ended: who follows its log gets the last lines
 _KEPT = 100  # explanations of jobs that have ended
 _logger = logging.getLogger("fiberexec")
@@ -83,6 +82,7 @@ class DockerBackend:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._slots = threading.BoundedSemaphore(_STARTS)
         self._engine = Engine(_STARTS)
+        self._reader = Reader(self._engine)
         self._images = Images(self._options)
         self._watching = False
 
@@ -248,16 +248,15 @@ class DockerBackend:
                 known = self._jobs.get(job)
                 unwanted = job in self._leftover or (known is not None and known.unwanted)
             try:
-                client = self._engine.client()
                 if unwanted:
-                    remove(client, job)
+                    remove(self._engine.client(), job)
                     with self._lock:
                         self._leftover.discard(job)
                 if known is not None and known.killed and not (unwanted or outage):
                     doubtful[job] = outage = True  # was it somebody, or is the engine being stopped?
                     self._engine.must_be_open()
                     outage = False
-                end = self._end_of(client, job, known, outage) if known is not None else None
+                end = self._end_of(job, known, outage) if known is not None else None
             except Exception as error:
                 _logger.debug("Docker does not say how %s is: %r", job, error)
                 if errors.is_outage(error):
@@ -270,10 +269,10 @@ class DockerBackend:
                 ended.append(end)
         return ended
 
-    def _end_of(self, client: Any, job: str, known: _Known, outage: bool) -> JobEnded | None:
+    def _end_of(self, job: str, known: _Known, outage: bool) -> JobEnded | None:
         """A job's end, None if it has not ended. Its container is removed."""
         try:
-            state = client.api.inspect_container(job)["State"]
+            state = self._reader.state(job)
         except sdk().NotFound:
             text = "" if known.unwanted else "its container was removed by somebody"
             self._remember(job, text)
@@ -281,10 +280,7 @@ class DockerBackend:
         if state.get("Running") or state.get("Paused") or state.get("Restarting") or state.get("Status") == "created":
             return None
         code = int(state.get("ExitCode", 0))
-        try:
-            log = client.api.logs(job, tail=_TAIL).decode("utf-8", "replace")
-        except sdk().APIError:  # its logging driver keeps nothing that could be read
-            log = ""
+        log = self._reader.tail(job)
         with self._lock:
             self._leaving[job] = time.monotonic() + _LINGER
         # A child's death for want of memory leaves the same mark as the first process's own.
@@ -342,9 +338,8 @@ class DockerBackend:
         if self._images.doing:
             return self._images.doing
         try:
-            client = self._engine.client()
-            status = str(client.api.inspect_container(job)["State"].get("Status", "unknown"))
-            log = client.api.logs(job, tail=_TAIL).decode("utf-8", "replace")
+            status = str(self._reader.state(job).get("Status", "unknown"))
+            log = self._reader.tail(job)
         except Exception as error:
             return str(self._engine.failed(error, f"looking at container {job}", name=job))
         text = f"container {job} is {status}"
@@ -358,42 +353,11 @@ class DockerBackend:
 
     def list(self) -> list[dict[str, Any]]:
         """Every container of fiberexec on this engine."""
-        try:
-            client = self._engine.client()
-            host = str(client.info().get("Name", ""))
-            found = client.api.containers(all=True, filters={"label": "fiberexec.job"})
-        except Exception as error:
-            raise self._engine.failed(error, "listing containers") from error
-        return [
-            {
-                "id": one["Labels"]["fiberexec.job"],
-                "program": one["Labels"].get("fiberexec.program", ""),
-                "state": one["State"],
-                "host": host,
-                "image": one["Image"],
-                "started": int(one["Labels"].get("fiberexec.started", 0)),
-                "labels": one["Labels"],
-            }
-            for one in found
-        ]
+        return self._reader.jobs()
 
     def logs(self, job: str, follow: bool = False) -> Iterator[str]:
         """The lines that a job has written; with ``follow`` until it ends. Raises FiberError for an unknown one."""
-        try:
-            pieces = self._engine.client().api.logs(job, stream=True, follow=follow)
-        except sdk().NotFound:
-            raise FiberError(f"there is no job {job!r} on the Docker engine at {self._engine.url()}") from None
-        except Exception as error:
-            raise self._engine.failed(error, f"reading the log of {job}", name=job) from error
-        try:
-            rest = b""
-            for piece in pieces:
-                *lines, rest = (rest + piece).split(b"\n")
-                yield from (line.decode("utf-8", "replace") for line in lines)
-            if rest:
-                yield rest.decode("utf-8", "replace")
-        finally:
-            shut(pieces)
+        return self._reader.lines(job, follow)
 
     def remove(self, program: str) -> int:
         """Kill and remove all containers of a program; returns how many there were."""

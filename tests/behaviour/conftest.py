@@ -35,8 +35,7 @@ PORTABLE = {"test_elastic", "test_end", "test_no_waiting", "test_standard", "tes
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         module = metafunc.module.__name__.rpartition(".")[2]
-        # test_resources has its own idea of the machine.
-        one_host = module == "test_resources" or metafunc.definition.get_closest_marker("one_host")
+        one_host = metafunc.definition.get_closest_marker("one_host")
         backends = ["local", "agents", *(["portable"] if module in PORTABLE else []), *([] if one_host else elsewhere.FURTHER)]
         metafunc.parametrize("backend", backends, indirect=True)
 
@@ -45,9 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend that can be reached from here."""
     if request.param in elsewhere.NAMES:
-        space = "" if request.param == "docker" else request.getfixturevalue("space")
-        for variable, value in elsewhere.settings(request.param, space).items():
-            monkeypatch.setenv(variable, value)
+        elsewhere.enter(request.param, request, monkeypatch)
         return elsewhere.backend(request.param)
     if request.param == "portable":
         monkeypatch.setattr(_platform, "LINUX", False)

@@ -14,6 +14,7 @@ import pytest
 import fiberexec
 from fiberexec import FiberExecutor, ResourceError, _platform
 
+pytestmark = pytest.mark.one_host("it has its own idea of the machine")
 LIMIT = 30.0
 GIB = 1 << 30
 Make = Callable[..., FiberExecutor]

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from fiberexec.backends import _docker_engine, _docker_errors, _docker_images, _docker_options, _image_errors, _images, docker
+from fiberexec.backends import (
+    _docker_engine,
+    _docker_errors,
+    _docker_images,
+    _docker_options,
+    _docker_reader,
+    _image_errors,
+    _images,
+    docker,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs" / "docker.md").read_text()
 # What the engine itself says, as the errors' rules expect it.
@@ -22,7 +31,7 @@ ENGINE = [
 ENGINE += ["could not select device driver"]
 SOURCE = "".join(
     " ".join(re.sub(r'"\s*\n\s*f?"|[{}]', "", inspect.getsource(module)).split())
-    for module in (_docker_engine, _docker_errors, _docker_images, _image_errors, _images, docker)
+    for module in (_docker_engine, _docker_errors, _docker_images, _docker_reader, _image_errors, _images, docker)
 )
 
 

@@ -51,9 +51,7 @@ def backend(request: pytest.FixtureRequest, no_settings: None, monkeypatch: pyte
     """Where processes run in this test."""
     name: str = getattr(request, "param", "local")
     if name in elsewhere.NAMES:
-        space = "" if name == "docker" else request.getfixturevalue("space")
-        for variable, value in elsewhere.settings(name, space).items():
-            monkeypatch.setenv(variable, value)
+        elsewhere.enter(name, request, monkeypatch)
     elif name != "local":
         monkeypatch.setenv("FIBEREXEC_BACKEND", name)
     return name
