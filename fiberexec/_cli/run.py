@@ -137,7 +137,8 @@ def cp(backend: str | None, namespace: str | None, source: str, target: str) -> 
 def rbac(namespace: str | None, service_account: str) -> None:
     """Print the rights that a program needs in a cluster, ready for `kubectl apply -f -`: the smallest Role."""
     from fiberexec._cli import run_job
-    from fiberexec.backends._kubernetes_api import Api, Setup
+    from fiberexec.backends._kubernetes_api import Api
+    from fiberexec.backends._kubernetes_config import Setup
 
     if namespace is None:
         try:

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import IO, Any
 
 from fiberexec._errors import FiberError
+from fiberexec.backends import _kubernetes_config
 
 _PIECE = 1 << 16
 _LONGEST = 600.0  # seconds that one command may take
@@ -15,9 +16,8 @@ _STATUS = 3  # the channel that says how it ended
 class Exec:
     """Runs commands in pods of a namespace. Needs the right to create pods/exec."""
 
-    def __init__(self, context: str | None, in_cluster: bool, namespace: str) -> None:
+    def __init__(self, context: str | None, namespace: str) -> None:
         self._context = context
-        self._in_cluster = in_cluster
         self._namespace = namespace
 
     def run(self, pod: str, container: str, command: list[str], stdin: IO[bytes] | None = None) -> bytes:
@@ -26,7 +26,8 @@ class Exec:
 
         client: Any = import_module("kubernetes.client")
         try:
-            with self._client(client) as api:
+            configuration, _ = _kubernetes_config.load(self._context)
+            with client.ApiClient(configuration) as api:  # of its own: stream() changes it
                 core = client.CoreV1Api(api)
                 channel = import_module("kubernetes.stream").stream(
                     core.connect_get_namespaced_pod_exec,
@@ -60,14 +61,6 @@ class Exec:
         if failure:
             raise FiberError(f"Kubernetes: in pod {pod}: {''.join(errors).strip() or failure}")
         return "".join(out).encode()
-
-    def _client(self, client: Any) -> Any:
-        config: Any = import_module("kubernetes.config")
-        if self._in_cluster:
-            configuration = client.Configuration()
-            config.load_incluster_config(client_configuration=configuration)
-            return client.ApiClient(configuration)
-        return config.new_client_from_config(context=self._context)
 
 
 def _failure(status: str) -> str:

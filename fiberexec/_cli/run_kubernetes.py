@@ -26,7 +26,8 @@ from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines
+from fiberexec.backends._kubernetes_api import Api, ApiError, lines
+from fiberexec.backends._kubernetes_config import Setup
 from fiberexec.backends._kubernetes_jobs import Known
 from fiberexec.backends._kubernetes_reader import Reader
 
@@ -285,7 +286,7 @@ class KubernetesPlace:
     def _exec(self, pod: dict[str, Any], *arguments: str, stdin: IO[bytes] | None = None) -> bytes:
         started = next((one.get("command") for one in pod["spec"]["containers"] if one["name"] == pods.WORKER), None)
         command = [(started or ["python"])[0], "-m", run_files.__name__, *arguments]
-        execute = Exec(self._context, self._api.in_cluster, self._reader.namespace())
+        execute = Exec(self._context, self._reader.namespace())
         return execute.run(pods.name(pod), pods.WORKER, command, stdin)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import ssl
@@ -13,9 +14,10 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from fiberexec.backends import _kubernetes_config as configurations
 from fiberexec.backends._containers import address_towards
+from fiberexec.backends._kubernetes_config import Setup
 
-_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _CONNECT = 5.0  # seconds that a connection may take
 _READ = 30.0  # and an answer
 PATIENCE = 30.0  # seconds for which a call is made again, where its caller does not say
@@ -24,6 +26,7 @@ _ASKED = 60.0  # and where it does
 _UNHEARD = 10.0  # seconds after which a connection is dead that confirms nothing of what was sent
 _PASSING = (429, 500, 502, 503, 504)
 _RENEWED = 5.0  # seconds: credentials are not read more often
+_logger = logging.getLogger("fiberexec")
 
 
 class ApiError(Exception):
@@ -41,9 +44,10 @@ class ApiError(Exception):
         """Whether the same call may succeed later."""
         return self.status == 0 or self.status in _PASSING or (self.status == 409 and self.reason == "Conflict")
 
-
-class Setup(Exception):
-    """There is no usable configuration: the message says why."""
+    @property
+    def anonymous(self) -> bool:
+        """Whether the server does not know who asks."""
+        return self.status == 401 or (self.status == 403 and 'User "system:anonymous"' in str(self))
 
 
 class _Server:
@@ -57,6 +61,7 @@ class _Server:
         context = None
         if self.url.startswith("https"):
             context = ssl.create_default_context(cafile=configuration.ssl_ca_cert or None)
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13's default, which clusters' older CAs do not meet
             if not configuration.verify_ssl:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
@@ -101,7 +106,7 @@ class Api:
         self._renewed = 0.0
         self._namespace = ""
         self._closed = threading.Event()
-        self.in_cluster = context is None and not os.environ.get("KUBECONFIG") and in_cluster()
+        self.in_cluster = configurations.is_own(context)
 
     # -- configuration
 
@@ -117,24 +122,9 @@ class Api:
         return self._namespace
 
     def _load(self) -> _Server:
-        client: Any = import_module("kubernetes.client")
-        config: Any = import_module("kubernetes.config")
-        configuration = client.Configuration()
         self._renewed = time.monotonic()
         try:
-            if self.in_cluster:
-                config.load_incluster_config(client_configuration=configuration)
-                with open(f"{_ACCOUNT}/namespace", encoding="utf-8") as file:
-                    self._namespace = file.read().strip() or "default"
-            else:
-                path = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
-                contexts, current = config.list_kube_config_contexts(config_file=path)
-                chosen = current if self._context is None else next((c for c in contexts if c["name"] == self._context), None)
-                if chosen is None:
-                    names = ", ".join(sorted(c["name"] for c in contexts)) or "none"
-                    raise Setup(f"{path} has no context {self._context!r}; its contexts are: {names}")
-                self._namespace = chosen["context"].get("namespace") or "default"
-                config.load_kube_config(config_file=path, context=self._context, client_configuration=configuration)
+            configuration, self._namespace = configurations.load(self._context)
             return _Server(configuration, self._connections)
         except Setup:
             raise
@@ -154,7 +144,11 @@ class Api:
                 return True
             if time.monotonic() < self._renewed + _RENEWED:
                 return False
-            self._server = self._load()
+            try:
+                self._server = self._load()
+            except Setup as error:  # of a file that is being written, a login that is over: there may be others later
+                _logger.debug("the credentials cannot be read again: %s", error)
+                return False
             old.pool.clear()
             return True
 
@@ -233,7 +227,7 @@ class Api:
         if response.status < 300:
             return response
         refusal = _refusal(response, server.url)
-        if refusal.status == 401 and again and self._renew(server):
+        if refusal.anonymous and again and self._renew(server):
             return self._request(method, path, query, body, read, stream=stream, again=False)
         raise refusal
 
@@ -249,11 +243,6 @@ class Api:
     def own_address(self) -> str:
         """The address that this pod has towards the server, and so towards others; "" for none."""
         return address_towards(urlsplit(self.server().url).hostname or "")
-
-
-def in_cluster() -> bool:
-    """Whether this is a pod that may talk to its API server."""
-    return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and os.path.isfile(f"{_ACCOUNT}/token")
 
 
 def wait_for_server(state: Any) -> float:

@@ -7,7 +7,8 @@ import re
 from fiberexec._errors import LaunchError
 from fiberexec._session import UNREACHABLE
 from fiberexec.backends._image_errors import DOCKERFILE_LINE, quoted, verdict
-from fiberexec.backends._kubernetes_api import ApiError, Setup, in_cluster
+from fiberexec.backends._kubernetes_api import ApiError
+from fiberexec.backends._kubernetes_config import Setup, in_cluster
 from fiberexec.backends._kubernetes_pods import Trouble
 from fiberexec.backends.base import Exit
 
@@ -51,10 +52,10 @@ def explained(error: Exception, doing: str, namespace: str, *, new: bool = True)
     said = " ".join(str(error).split())
     if error.status == 0:
         return _away(said, doing, error.url, new)
-    if error.status == 401:
+    if error.anonymous:
         return LaunchError(
-            f"Kubernetes: {doing} failed: {error.url} does not accept this program's credentials (401: {said}). What to "
-            "do: log in anew, as whoever gave you the kubeconfig says; `kubectl auth whoami` shows whether it works",
+            f"Kubernetes: {doing} failed: {error.url} does not accept this program's credentials ({error.status}: {said}). "
+            "What to do: log in anew, as whoever gave you the kubeconfig says; `kubectl auth whoami` shows whether it works",
             final=True,
         )
     forbidden = _FORBIDDEN.search(said) if error.status == 403 else None

@@ -29,6 +29,7 @@ class Known:
         self.deleted = False  # and the server has been told so
         self.gone = False  # its object is
         self.heard: pods.Trouble | None = None  # why it does not start, as its events say
+        self._heard = 0.0  # since when
         self.exit: Exit | None = None  # how it ended, where that is known before the end
         self.pod: dict[str, Any] = {}  # as it was last seen, without what is of no use
         self._trouble: pods.Trouble | None = None  # why it does not start, as its object says
@@ -47,10 +48,19 @@ class Known:
         self.gone = self.gone or gone
         if pods.is_running(pod):
             self._running = self._running or time.monotonic()
+        if pods.is_set_up(pod):
+            self.heard = None
         found = pods.trouble_of(pod)
         if found is None or self._trouble is None or not pods.is_terse(found):
             self._trouble = found
             self._troubled = (self._troubled or time.monotonic()) if found is not None and found.final else 0.0
+
+    def hear(self, reason: str, message: str) -> None:
+        """An event says why it is not set up: a volume that is missing may yet come, and a new node's drivers do."""
+        if not pods.is_set_up(self.pod):
+            self._heard = self._heard or time.monotonic()
+            missing = "not found" in message and "registered CSI drivers" not in message
+            self.heard = pods.Trouble(reason, message, missing and time.monotonic() >= self._heard + LASTING)
 
     @property
     def trouble(self) -> pods.Trouble | None:

@@ -23,7 +23,8 @@ from fiberexec._relay import IN
 from fiberexec._session import KEY_SIZE
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_pods as pods
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup
+from fiberexec.backends._kubernetes_api import Api, ApiError
+from fiberexec.backends._kubernetes_config import Setup
 from fiberexec.backends._kubernetes_jobs import Known
 from fiberexec.backends._kubernetes_reader import Reader
 

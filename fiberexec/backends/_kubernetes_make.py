@@ -20,6 +20,7 @@ from fiberexec.backends._kubernetes_reader import Reader
 from fiberexec.backends.base import Job
 
 _GRACE = 1  # seconds: with 0 the object would go at once, and its processes live on
+_PROXIES = ("istio-proxy", "linkerd-proxy")
 _PATIENCE = 5.0  # seconds for which the driver's own pod is asked for
 _logger = logging.getLogger("fiberexec")
 
@@ -126,8 +127,21 @@ class Maker:
             return self._own
 
     def _looked_at(self) -> dict[str, Any]:
-        path = f"/api/v1/namespaces/{self._api.namespace()}/pods/{socket.gethostname()}"
-        found: dict[str, Any] = self._api.call("GET", path, patience=_PATIENCE)
+        """The pod of this host's name, as most are; else the one of its address, unless that is the node's."""
+        path, own = f"/api/v1/namespaces/{self._api.namespace()}/pods", self._api.own_address()
+        found: dict[str, Any] = {}
+        missing: ApiError | None = None
+        try:
+            found = self._api.call("GET", f"{path}/{socket.gethostname()}", patience=_PATIENCE)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            missing = error
+        if found.get("status", {}).get("podIP", own) != own or missing is not None:
+            listed = self._api.call("GET", path, {"fieldSelector": f"status.podIP={own}"}, patience=_PATIENCE)["items"]
+            found = next((one for one in listed if not one["spec"].get("hostNetwork")), found)
+        if missing is not None and not found:
+            raise missing
         return found
 
 
@@ -137,9 +151,11 @@ def _owner(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def _image_of(own: dict[str, Any]) -> str:
-    """The image of a pod's first container."""
+    """The image of a pod's main container: the one that it names, else the first; a mesh may put its proxy before that."""
     containers = own.get("spec", {}).get("containers") or ()
-    return str(containers[0]["image"]) if containers else ""
+    main = own.get("metadata", {}).get("annotations", {}).get("kubectl.kubernetes.io/default-container")
+    ordered = sorted(containers, key=lambda one: (one["name"] != main, one["name"] in _PROXIES))
+    return str(ordered[0]["image"]) if ordered else ""
 
 
 def _label(text: str) -> str:

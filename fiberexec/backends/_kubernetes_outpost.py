@@ -36,6 +36,9 @@ MARGIN = 10.0  # seconds beyond driver_timeout
 ROLE = "fiberexec.role"  # the label by which it is told from workers' pods
 _CLOSE = 5.0  # seconds that one which is being made may take to go
 _POLL = 0.05  # seconds
+_STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+# A mesh's proxy beside the outpost would outlive it, and so would the Job; what passes there is encrypted anyway.
+_ALONE = {"sidecar.istio.io/inject": "false", "linkerd.io/inject": "disabled"}
 _TTL = 10  # seconds that a Job which has ended stays: its log may say why
 _SIZE = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}}
 
@@ -243,7 +246,10 @@ def job(pod: dict[str, Any], timeout: float) -> dict[str, Any]:
         spec.pop(name, None)
     spec |= {"containers": [container], "automountServiceAccountToken": False}
     labels = {**meta["labels"], ROLE: "outpost"}
-    stay = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+    template = {
+        "metadata": {"labels": {**labels, **_ALONE}, "annotations": {**meta.get("annotations", {}), **_STAYS, **_ALONE}},
+        "spec": spec,
+    }
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -251,6 +257,6 @@ def job(pod: dict[str, Any], timeout: float) -> dict[str, Any]:
         "spec": {
             "backoffLimit": 0,
             "ttlSecondsAfterFinished": _TTL,
-            "template": {"metadata": {"labels": labels, "annotations": {**meta.get("annotations", {}), **stay}}, "spec": spec},
+            "template": template,
         },
     }

@@ -46,6 +46,11 @@ def is_running(pod: Mapping[str, Any]) -> bool:
     return "running" in (worker_of(pod).get("state") or {})
 
 
+def is_set_up(pod: Mapping[str, Any]) -> bool:
+    """Whether it has its volumes and its network."""
+    return bool(pod.get("status", {}).get("podIP"))
+
+
 def has_ended(pod: Mapping[str, Any]) -> bool:
     """Whether nothing of the job runs in it any more: other containers do not count."""
     return pod.get("status", {}).get("phase") in ("Succeeded", "Failed") or "terminated" in (worker_of(pod).get("state") or {})
@@ -126,7 +131,8 @@ def trouble_of(pod: Mapping[str, Any]) -> Trouble | None:
         if reason in _CREATE:  # a kubelet that has just started, or is busy, fails by itself, and tries again
             return Trouble(reason, message, True, not _NO_ROOT.search(message))
         if reason == "CrashLoopBackOff":
-            return Trouble(reason, f"container {one.get('name')!r} ends again and again: {message}", True)
+            # A sidecar, since the others are not started again: it may wait for what comes later than the pod.
+            return Trouble(reason, f"container {one.get('name')!r} ends again and again: {message}", False)
     for one in status.get("conditions") or ():
         if one.get("type") == "PodScheduled" and one.get("status") == "False":
             return Trouble(str(one.get("reason") or "Unschedulable"), str(one.get("message") or ""), False)

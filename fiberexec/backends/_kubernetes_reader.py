@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from fiberexec.backends import _kubernetes_pods as pods
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup
+from fiberexec.backends._kubernetes_api import Api, ApiError
+from fiberexec.backends._kubernetes_config import Setup
 from fiberexec.backends._kubernetes_watch import PAGE
 
 _TAIL = 30  # lines of a pod's log that are kept
@@ -73,7 +74,11 @@ def described(pod: dict[str, Any]) -> dict[str, Any]:
     meta = pod["metadata"]
     exact = {name: text for name, text in meta.get("annotations", {}).items() if name.startswith("fiberexec.")}
     labels = {**meta["labels"], "fiberexec.driver": "", **exact}
-    state = "terminating" if meta.get("deletionTimestamp") else str(pod["status"].get("phase", "")).lower()
+    state = str(pod["status"].get("phase", "")).lower()
+    if meta.get("deletionTimestamp"):
+        state = "terminating"
+    elif pods.has_ended(pod):  # another container, such as a mesh's proxy, may go on
+        state = "failed" if pods.exit_of(pod).code else "succeeded"
     return {
         "id": pods.name(pod) if labels.get("fiberexec.role") == "outpost" else labels["fiberexec.job"],
         "program": labels.get("fiberexec.program", ""),

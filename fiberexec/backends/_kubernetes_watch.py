@@ -15,7 +15,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, lines, shut, wait_for_server
+from fiberexec.backends._kubernetes_api import Api, ApiError, lines, shut, wait_for_server
+from fiberexec.backends._kubernetes_config import Setup
 
 PAGE = 500  # pods in one answer
 PATIENCE = 30.0  # seconds that the first list may take

@@ -27,8 +27,9 @@ from fiberexec.backends import _kubernetes_options as options
 from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends._image_errors import quoted
-from fiberexec.backends._kubernetes_api import Api, ApiError, Setup, in_cluster, lines
-from fiberexec.backends._kubernetes_jobs import LASTING, Known, Verdicts
+from fiberexec.backends._kubernetes_api import Api, ApiError, lines
+from fiberexec.backends._kubernetes_config import Setup, in_cluster
+from fiberexec.backends._kubernetes_jobs import Known, Verdicts
 from fiberexec.backends._kubernetes_make import Maker
 from fiberexec.backends._kubernetes_outpost import Way
 from fiberexec.backends._kubernetes_reader import Reader, described
@@ -278,8 +279,7 @@ class KubernetesBackend:
             for reason, message in self._reader.events(job):
                 # The Secret with the credentials is ours, and on its way.
                 if reason in _SETUP and options.CREDENTIALS_VOLUME not in message:
-                    missing = "not found" in message and now > known.since + LASTING
-                    known.heard = pods.Trouble(reason, message, missing)
+                    known.hear(reason, message)
         return ended
 
     def _warn(self, job: str, trouble: pods.Trouble) -> None:

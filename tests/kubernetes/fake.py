@@ -207,6 +207,9 @@ def _line(kind: str, thing: dict[str, Any]) -> bytes:
 def _fits(pod: dict[str, Any], query: dict[str, str]) -> bool:
     name, _, value = query.get("labelSelector", "").partition("=")
     labels = pod["metadata"].get("labels", {})
+    address = query.get("fieldSelector", "").partition("status.podIP=")[2]
+    if address and pod["status"].get("podIP") != address:
+        return False
     return not name or (labels.get(name) == value if value else name in labels)
 
 
