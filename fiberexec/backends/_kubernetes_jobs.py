@@ -57,7 +57,7 @@ class Known:
 
     def hear(self, reason: str, message: str) -> None:
         """An event says why it is not set up: a volume that is missing may yet come, and a new node's drivers do."""
-        if not pods.is_set_up(self.pod):
+        if self.mute:
             self._heard = self._heard or time.monotonic()
             missing = "not found" in message and "registered CSI drivers" not in message
             self.heard = pods.Trouble(reason, message, missing and time.monotonic() >= self._heard + LASTING)
@@ -66,6 +66,11 @@ class Known:
     def trouble(self) -> pods.Trouble | None:
         """Why it does not start, as far as that is known."""
         return None if self._running else self._trouble or self.heard
+
+    @property
+    def mute(self) -> bool:
+        """Whether its events alone can say why it does not start."""
+        return self._trouble is None and not pods.is_set_up(self.pod)
 
     @property
     def hopeless(self) -> bool:

@@ -272,7 +272,7 @@ class KubernetesBackend:
                 self._give_up(job, known, trouble)  # and no other is tried: startup_timeout is spent
             elif trouble is not None:
                 self._warn(job, trouble)
-        mute = [(job, known) for job, known in waiting if known.trouble is known.heard and now > known.since + _LOOK]
+        mute = [(job, known) for job, known in waiting if known.mute and now > known.since + _LOOK]
         if mute and now > self._looked + _LOOK:  # one of them is enough: they are all alike
             self._looked = now
             job, known = min(mute, key=lambda each: each[1].since)

@@ -24,7 +24,7 @@ from .fake import NAMESPACE, Fake, failure
 
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 TOKEN = '{"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "t"}}'
-ANONYMOUS = f'pods is forbidden: User "system:anonymous" cannot list resource "pods" in API group "" in namespace "{NAMESPACE}"'
+ANONYMOUS = 'pods is forbidden: User "system:anonymous" cannot list resource "pods" in API group "" in the namespace'
 Change = Callable[..., None]
 
 

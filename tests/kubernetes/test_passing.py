@@ -102,6 +102,48 @@ def test_an_image_of_which_pods_run_is_no_image_that_cannot_be_had(
     assert one.ended == [] and fake.count("DELETE", "pods/") == 0
 
 
+ABSENT = 'MountVolume.SetUp failed for volume "v" : configmap "late" not found'
+NO_DRIVER = "driver name efs.csi.aws.com not found in the list of registered CSI drivers"
+
+
+def told(fake: Fake, message: str) -> None:
+    """Each pod has had this event."""
+    event = {"type": "Warning", "reason": "FailedMount", "message": message}
+    fake.after = lambda method, path, query: (200, {}, {"items": [event]}) if path.endswith("/events") else None
+
+
+def test_a_volume_that_is_missing_when_a_pod_has_long_waited_for_a_node_may_yet_come(
+    fake: Fake, one: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LASTING", 1.0)
+    fake.node = False
+    job = one.start(1, "")
+    one.backend._jobs[job].since -= 60.0  # when it was made
+    told(fake, ABSENT)
+    eventually(lambda: ABSENT in caplog.text, SOON)
+    fake.say(job, podIP="10.0.0.1")  # it has come; its image is pulled
+    looks = fake.count("GET", "/events")
+    time.sleep(1.5)  # what is being measured: longer than what is missing is waited for
+    assert one.ended == [] and fake.count("DELETE", "pods/") == 0 and fake.count("GET", "/events") <= looks + 1
+    assert one.backend._jobs[job].trouble is None
+
+
+@pytest.mark.parametrize(("message", "given_up"), [(ABSENT, 1), (NO_DRIVER, 0)])
+def test_a_volume_that_stays_away_is_an_error_and_a_node_that_is_new_is_none(
+    message: str, given_up: int, fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LASTING", 0.5)
+    fake.node = False
+    job = one.start(1, "")
+    told(fake, message)
+    known = one.backend._jobs[job]
+    eventually(lambda: known._heard > 0 and time.monotonic() > known._heard + 1.5, SOON)
+    eventually(lambda: fake.count("DELETE", "pods/") >= given_up, SOON)
+    assert fake.count("DELETE", "pods/") == given_up
+    fake.vanish(job)
+    assert (one.end(job, SOON).reason == "FailedMount") == bool(given_up)
+
+
 def test_what_an_outpost_waits_for_may_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"namespace": "here", "job": {"metadata": {"name": "it"}}, "context": None, "port": 1, "timeout": 60.0}
     link = Link({**told, "known": False, "deadline": float("inf"), "parent": None})
@@ -203,6 +245,23 @@ def test_an_owner_that_could_not_be_looked_at_once_owns_all_pods(
     assert not caught.value.final and not one.backend._jobs
     job = one.start(2, "")
     assert [owner["uid"] for owner in fake.pods[job]["metadata"]["ownerReferences"]] == ["u"]
+
+
+def test_a_pod_of_another_name_than_its_hosts_is_found_by_its_address(fake: Fake, one: Place, inside: str) -> None:
+    """As those of a Job with indices."""
+    for name, network in (("node", True), ("train-0-x7k2p", False)):
+        meta = {"name": name, "uid": name, "namespace": NAMESPACE}
+        fake.pods[name] = {"metadata": meta, "spec": {"hostNetwork": network}, "status": {"podIP": "127.0.0.1"}}
+    job = one.start(1, "")
+    assert [owner["uid"] for owner in fake.pods[job]["metadata"]["ownerReferences"]] == ["train-0-x7k2p"]
+
+
+def test_a_pod_of_its_hosts_name_that_has_another_address_owns_nothing_of_it(fake: Fake, one: Place, inside: str) -> None:
+    for name, address in ((socket.gethostname(), "10.9.9.9"), ("own", "127.0.0.1")):
+        meta = {"name": name, "uid": name, "namespace": NAMESPACE}
+        fake.pods[name] = {"metadata": meta, "spec": {}, "status": {"podIP": address}}
+    job = one.start(1, "")
+    assert [owner["uid"] for owner in fake.pods[job]["metadata"]["ownerReferences"]] == ["own"]
 
 
 def test_a_program_that_cannot_find_its_pod_says_once_that_it_owns_none(

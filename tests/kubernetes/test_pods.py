@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from fiberexec.backends._kubernetes_make import _image_of
+from fiberexec.backends._kubernetes_outpost import job
 from fiberexec.backends._kubernetes_pods import exit_of, has_ended, trouble_of
+from fiberexec.backends._kubernetes_reader import described
 
 
 def pod(
@@ -92,3 +95,41 @@ def test_a_scheduled_pod_is_in_no_trouble() -> None:
     assert trouble is not None and not trouble.final
     condition["status"] = "True"
     assert trouble_of(found) is None
+
+
+# -- meshes, and other containers beside the own one
+
+
+def test_a_sidecar_that_is_started_again_and_again_may_yet_come_up() -> None:
+    waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}}
+    status = {"phase": "Pending", "initContainerStatuses": [{"name": "proxy", "state": waiting}]}
+    trouble = trouble_of({"metadata": {"name": "p"}, "status": status})
+    assert trouble is not None and not trouble.final and "container 'proxy' ends again and again" in trouble.message
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "succeeded"), (3, "failed"), (None, "running")])
+def test_a_pod_whose_own_container_has_ended_is_shown_as_ended(code: int | None, state: str) -> None:
+    found = pod(phase="Running", code=code)
+    found["metadata"]["labels"] = {"fiberexec.job": "p"}
+    assert described(found)["state"] == state
+
+
+def test_no_mesh_has_a_part_in_an_outpost() -> None:
+    found = pod()
+    found["metadata"].update(labels={"fiberexec.job": "p"}, annotations={"a": "b"})
+    found["spec"]["containers"][0]["command"] = ["python"]
+    meta = job(found, 60)["spec"]["template"]["metadata"]
+    assert meta["labels"]["sidecar.istio.io/inject"] == "false" and meta["labels"]["fiberexec.job"] == "p"
+    assert meta["annotations"]["linkerd.io/inject"] == "disabled" and meta["annotations"]["a"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("names", "main", "image"),
+    [("mine other", "", "mine"), ("linkerd-proxy mine", "", "mine"), ("istio-proxy other mine", "mine", "mine"), ("", "", "")],
+)
+def test_the_image_of_a_program_is_not_that_of_a_proxy(names: str, main: str, image: str) -> None:
+    own = {
+        "metadata": {"annotations": {"kubectl.kubernetes.io/default-container": main} if main else {}},
+        "spec": {"containers": [{"name": name, "image": name} for name in names.split()]},
+    }
+    assert _image_of(own) == image
