@@ -67,12 +67,13 @@ run.commands(main)
 
 @main.command()
 @_backend("Ask this one only.")
+@run.in_namespace
 @_json
-def ps(backend: str | None, as_json: bool) -> None:
+def ps(backend: str | None, namespace: str | None, as_json: bool) -> None:
     """List the workers of every driver: on this host, and jobs on every backend that answers."""
     from fiberexec._cli import show
 
-    places = _places(backend)
+    places = _places(backend, namespace)
     places.close()
     if as_json:
         problems = [{"backend": name, "problem": text} for name, text in places.problems.items()]
@@ -96,12 +97,13 @@ def ps(backend: str | None, as_json: bool) -> None:
 @click.argument("job")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job ends.")
 @_backend("Ask this one only.")
+@run.in_namespace
 @_json
-def logs(job: str, follow: bool, backend: str | None, as_json: bool) -> None:
+def logs(job: str, follow: bool, backend: str | None, namespace: str | None, as_json: bool) -> None:
     """Print what a job has written."""
     from fiberexec._cli import jobs
 
-    places = _places(backend)
+    places = _places(backend, namespace)
     program = run.program(places, job)
     try:
         for line in jobs.logs(places, job, follow) if program is None else program.lines(job, follow):
@@ -114,15 +116,16 @@ def logs(job: str, follow: bool, backend: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("target", metavar="JOB|PROGRAM")
 @_backend("Ask this one only.")
+@run.in_namespace
 @_json
-def kill(target: str, backend: str | None, as_json: bool) -> None:
+def kill(target: str, backend: str | None, namespace: str | None, as_json: bool) -> None:
     """End a job at once; or a program, its driver included where that runs on this host.
 
     A program is named as `fiberexec ps` shows it, or by its driver: pid@host.
     """
     from fiberexec._cli import jobs, show
 
-    places = _places(backend)
+    places = _places(backend, namespace)
     program = run.program(places, target)
     try:
         if program is None:
@@ -144,17 +147,18 @@ def kill(target: str, backend: str | None, as_json: bool) -> None:
 
 @main.command()
 @_backend("Clean this one only.")
+@run.in_namespace
 @click.option("--all", "everything", is_flag=True, help="Whoever made them, jobs of drivers that still run too.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @_json
-def clean(backend: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
+def clean(backend: str | None, namespace: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
     """Remove what dead drivers have left: jobs, and on this host the hubs' folders.
 
     A driver is dead when it was on this host and does not run any more. Jobs of drivers on other hosts are left alone.
     """
     from fiberexec._cli import jobs, show
 
-    places = _places(backend)
+    places = _places(backend, namespace)
     try:
         removed, spared = jobs.clean(places, everything, dry_run, backend in (None, "local"))
     finally:
@@ -223,14 +227,14 @@ def config(as_json: bool) -> None:
         show.table([(name, _show(name, getattr(settings, name)), settings.sources[name]) for name in _config.CHECKS])
 
 
-def _places(backend: str | None) -> Places:
+def _places(backend: str | None, namespace: str | None) -> Places:
     from fiberexec._cli.places import Places
     from fiberexec.backends import registry
 
     if backend is not None and backend not in registry.names():
         names = ", ".join(registry.names())
         raise click.BadParameter(f"there is no backend {backend!r}, only {names}", param_hint="--backend")
-    return Places(None if backend is None else [backend])
+    return Places(None if backend is None else [backend], namespace)
 
 
 def _note_problems(places: Places) -> None:

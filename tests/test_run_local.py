@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 from running import DEADLINE, WAITS, Runner
 
 from fiberexec import _config
-from fiberexec._cli.run_attach import attached
+from fiberexec._cli.run_attach import attached, stoppable
 from fiberexec._cli.run_base import Fate, Wanted
 from fiberexec._cli.run_local import LocalPlace
 
@@ -187,6 +188,15 @@ def test_ctrl_c_instead_of_an_answer_stops_the_program(fx: Runner) -> None:
     assert command.end(9).endswith("interrupted\n")
 
 
+def test_a_signal_instead_of_an_answer_is_passed_on(fx: Runner) -> None:
+    command = fx.begin(*run(), PYTHON, "waits.py", terminal=True)
+    command.expect("up")
+    command.interrupt()
+    command.expect(r"\[d/s\]", error=True)
+    command.process.send_signal(signal.SIGTERM)
+    command.end(128 + 15)
+
+
 def test_the_second_ctrl_c_kills_a_program_that_does_not_stop(fx: Runner) -> None:
     deaf = "signal.signal(2, lambda *_: print('no', flush=True))"
     fx.program("deaf.py", f"import signal, time\n{deaf}\nprint('up', flush=True)\nwhile True: time.sleep(1)")
@@ -220,6 +230,32 @@ def test_a_terminal_that_goes_leaves_the_program_running(fx: Runner) -> None:
     command.process.send_signal(signal.SIGHUP)
     command.end(128 + signal.SIGHUP)
     assert "running" in fx("ps", "--backend", "local").stdout
+
+
+def test_a_signal_while_a_program_starts_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    made: list[Any] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            made.append(self)
+
+    write = Path.write_text
+
+    def interrupted(path: Path, text: str) -> int:
+        if path.name == "pid":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(path, text)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    settings = _config.load(backend="local")
+    wanted = Wanted("local", (PYTHON, "-c", WAITS), "cut", {"SECRET": "x"}, None, settings, settings)
+    with pytest.raises(SystemExit), stoppable():
+        LocalPlace().start(wanted, print)
+    assert not LocalPlace().has("cut") and not list((tmp_path / "fiberexec" / "run").iterdir())
+    assert os.waitpid(made[0].pid, 0)[1] == signal.SIGKILL
 
 
 def test_detached_programs_are_seen_by_ps_logs_and_kill(fx: Runner) -> None:

@@ -30,7 +30,7 @@ def stamped(second: int, text: str, zone: str = "Z") -> bytes:
 class Cluster:
     """The API server's answers: states of the program's only container (the last one stays), and what each reading gives."""
 
-    def __init__(self, states: list[dict[str, Any]], readings: list[list[Any]]) -> None:
+    def __init__(self, states: list[dict[str, Any]], readings: list[Any]) -> None:
         self.states, self.readings = states, readings
         self.asked: list[tuple[str | None, float]] = []
 
@@ -47,6 +47,8 @@ class Cluster:
     def stream(self, path: str, query: dict[str, str], read: float, patience: float) -> Any:
         self.asked.append((query.get("sinceTime"), read))
         pieces = self.readings.pop(0)
+        if isinstance(pieces, Exception):
+            raise pieces
         if pieces == ["mute"]:
             raise ApiError(0, "", "ReadTimeoutError: Read timed out.", "") from silent()
 
@@ -112,6 +114,20 @@ def test_a_log_that_stays_broken_is_a_failure_and_no_end(follow: Any, monkeypatc
         follow(Cluster([ENDED], [[broken()] for _ in range(1000)]))
 
 
+@pytest.mark.parametrize("code", [400, 404])
+def test_a_program_whose_log_has_gone_has_an_end_all_the_same(follow: Any, code: int) -> None:
+    evicted = {"terminated": {"exitCode": 137, "reason": "ContainerStatusUnknown", "message": "the container was not found"}}
+    fate, out = follow(Cluster([evicted], [ApiError(code, "BadRequest", 'container "worker" is terminated', "")]))
+    assert fate.code == 137 and "ContainerStatusUnknown: the container was not found" in fate.text and not out
+    assert 'what else it wrote has gone with its container (container "worker" is terminated)' in fate.text
+
+
+def test_who_may_not_read_a_log_is_told_so(follow: Any) -> None:
+    with pytest.raises(FiberError, match="may not get pods/log"):
+        refusal = 'pods "p" is forbidden: User "u" cannot get resource "pods/log"'
+        follow(Cluster([ENDED], [ApiError(403, "Forbidden", refusal, "")]))
+
+
 def test_a_line_that_is_cut_off_while_the_program_runs_comes_whole(follow: Any) -> None:
     one, two = stamped(1, "one\n"), stamped(2, "twenty-two\n")
     assert follow(Cluster([RUNS, ENDED], [[one, two[:-5]], [one, two]])) == (Fate(3), b"one\ntwenty-two\n")
@@ -168,7 +184,7 @@ def followed(monkeypatch: pytest.MonkeyPatch, docker: Docker) -> tuple[Fate, byt
 
 
 def cut() -> Exception:
-    return ConnectionResetError("the engine has gone")
+    return broken()  # as the SDK raises it
 
 
 def test_an_engine_that_goes_after_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from commands import run
 
 from fiberexec import _config
 from fiberexec._cli import run as run_command
-from fiberexec._cli import run_attach, run_base, run_exec, run_job, run_kubernetes
+from fiberexec._cli import run_attach, run_base, run_exec, run_kubernetes
 from fiberexec._cli.run_base import Fate, Wanted
 from fiberexec._cli.run_kubernetes import KubernetesPlace
 from fiberexec._errors import ConfigError, FiberError
@@ -74,7 +74,7 @@ class Cluster:
             return self.jobs.pop(name) if method == "DELETE" else self.jobs[name]
         return {"items": [], "metadata": {}}
 
-    def run(self, pod: str, container: str, command: list[str], stdin: Any) -> bytes:
+    def run(self, pod: str, container: str, command: list[str], stdin: Any, take: Any) -> bytes:
         self.commands.append([pod, *command])
         self.sent += stdin.read() if stdin is not None else b""
         return b""
@@ -185,6 +185,21 @@ def test_a_job_whose_creation_was_not_heard_of_is_the_programs_own(cluster: Clus
     assert list(cluster.jobs) == ["night"]
 
 
+def test_a_server_that_goes_away_when_it_has_made_a_job_has_made_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(method: str, path: str, *arguments: Any, **named: Any) -> Any:
+        answer = cluster.call(method, path, *arguments, **named)
+        if method == "POST" and path == JOBS:
+            raise ApiError(0, "", "ReadTimeoutError", "")
+        return answer
+
+    monkeypatch.setattr(Api, "call", lambda self, *arguments, **named: lost(*arguments, **named))
+    cluster.pods = [pod("night-new", "new", "running")]
+    start()
+    assert cluster.commands
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("when", ["is being made", "is waited for"])
 def test_a_signal_while_a_job_starts_leaves_nothing(cluster: Cluster, number: int, when: str) -> None:
@@ -203,7 +218,7 @@ def test_a_signal_while_a_job_starts_leaves_nothing(cluster: Cluster, number: in
 
 def test_a_signal_while_a_job_starts_leaves_another_of_its_name_alone(cluster: Cluster) -> None:
     def refused() -> None:
-        cluster.jobs["night"]["metadata"]["annotations"] = {run_job.MARK: "of somebody else"}
+        cluster.jobs["night"]["metadata"]["annotations"] = {run_base.MARK: "of somebody else"}
         raise SystemExit(143)
 
     cluster.on_create = refused
@@ -215,7 +230,10 @@ def test_a_signal_while_a_job_starts_leaves_another_of_its_name_alone(cluster: C
 class Ends:
     """A program that ends at once, and cannot be removed."""
 
-    name = "kubernetes"
+    name, where = "kubernetes", "--namespace ns "
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
     def follow(self, name: str, put: Any) -> Fate:
         return Fate(7)
@@ -224,16 +242,22 @@ class Ends:
         return True
 
     def remove(self, name: str) -> None:
-        raise FiberError("you may not delete Jobs")
+        raise self.error
 
     def close(self) -> None:
         pass
 
 
-def test_what_cannot_be_removed_does_not_change_the_programs_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_command, "_place", lambda *_: Ends())
+@pytest.mark.parametrize(
+    ("error", "said"), [(FiberError("you may not delete"), "you may not delete"), (KeyboardInterrupt(), "interrupted")]
+)
+def test_what_is_not_removed_does_not_change_the_programs_exit_code(
+    error: BaseException, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_command, "_place", lambda *_: Ends(error))
     result = run("attach", "--backend", "kubernetes", "night")
-    assert (result.exit_code, "you may not delete Jobs" in result.stderr) == (7, True)
+    assert result.exit_code == 7
+    assert f"could not be removed: {said}. What to do: fiberexec kill --namespace ns night" in result.stderr
 
 
 def test_signals_that_are_ignored_stay_so_while_a_program_is_shown() -> None:

@@ -144,17 +144,17 @@ def clean(places: Places, everything: bool, pretend: bool, local: bool) -> tuple
         elif not any(row.driver_runs for row in rows):
             spared += rows
     if everything and places.answered(KUBERNETES):
-        removed += _clean_jobs({program for backend, program in found if backend == KUBERNETES}, pretend)
+        removed += _clean_jobs({program for backend, program in found if backend == KUBERNETES}, places.namespace, pretend)
     if local:
         removed += _clean_folders(pretend)
     return removed, spared
 
 
-def _clean_jobs(seen: Collection[str], pretend: bool) -> Sequence[Removed]:
+def _clean_jobs(seen: Collection[str], namespace: str | None, pretend: bool) -> Sequence[Removed]:
     """The Jobs of programs: those whose pods have been ``seen`` are no news."""
     from fiberexec._cli.run_kubernetes import KubernetesPlace
 
-    place = KubernetesPlace(None)
+    place = KubernetesPlace(namespace)
     try:
         names = place.names()
         if not pretend:

@@ -54,15 +54,16 @@ class Row(NamedTuple):
 class Places:
     """The backends, and what they run. ``problems`` says, by backend, why one could not be asked."""
 
-    def __init__(self, names: Iterable[str] | None = None) -> None:
-        """Ask these, by default all that can be had. Raises FiberError for settings that are wrong."""
+    def __init__(self, names: Iterable[str] | None = None, namespace: str | None = None) -> None:
+        """Ask these, by default all that can be had; in a cluster this namespace. Raises FiberError for wrong settings."""
         settings = _config.load()
+        self.namespace = namespace
         self.problems: dict[str, str] = {}
         self.rows: list[Row] = []
         self._backends: dict[str, JobBackend] = {}
         self._table: processes.Table = {}
         names = registry.names() if names is None else list(names)
-        found = _all_at_once({name: _lister(name, settings) for name in names if name != LOCAL}, self._backends)
+        found = _all_at_once({name: _lister(name, settings, namespace) for name in names if name != LOCAL}, self._backends)
         try:
             self._table = processes.table()
             if LOCAL in names:
@@ -139,15 +140,19 @@ def _programs() -> list[Row]:
     ]
 
 
-def settings_for(name: str, settings: _config.Settings) -> _config.Settings:
+def _settings_for(name: str, settings: _config.Settings, namespace: str | None) -> _config.Settings:
     """What a backend needs to find its jobs: of the settings, what is meant for it."""
     options = settings.backend_options if settings.backend == name else {}
+    if namespace is not None and name == "kubernetes":
+        options = {**options, "namespace": namespace}
     return _config.Settings(backend=name, image=settings.image or _IMAGE, backend_options=options)
 
 
-def _lister(name: str, settings: _config.Settings) -> Callable[[dict[str, JobBackend]], list[dict[str, Any]]]:
+def _lister(
+    name: str, settings: _config.Settings, namespace: str | None
+) -> Callable[[dict[str, JobBackend]], list[dict[str, Any]]]:
     def ask(made: dict[str, JobBackend]) -> list[dict[str, Any]]:
-        made[name] = backend = registry.create_jobs(name, settings_for(name, settings))
+        made[name] = backend = registry.create_jobs(name, _settings_for(name, settings, namespace))
         return backend.list()
 
     return ask

@@ -31,7 +31,7 @@ _where = click.option(
     type=click.Choice(_BACKENDS),
     help="Where the program and its workers run (default: as `fiberexec config` says).",
 )
-_namespace = click.option("--namespace", help="The namespace, with kubernetes (default: the current context's).")
+in_namespace = click.option("--namespace", help="The namespace, with kubernetes (default: the current context's).")
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -46,7 +46,7 @@ _namespace = click.option("--namespace", help="The namespace, with kubernetes (d
 @click.option(
     "--volume", multiple=True, metavar="SOURCE:FOLDER[:ro]", help="A volume of program and workers; may be repeated."
 )
-@_namespace
+@in_namespace
 @click.option("--service-account", metavar="NAME", help="Whose rights the program has, with kubernetes (default: fiberexec).")
 @click.option("--name", help="What the program is called (default: after what it runs).")
 @click.option(
@@ -91,7 +91,7 @@ def run(
 
 @click.command()
 @_where
-@_namespace
+@in_namespace
 @click.argument("name")
 def attach(backend: str | None, namespace: str | None, name: str) -> None:
     """Show the output of a program that `fiberexec run` has started, from its beginning, and pass on its exit code."""
@@ -104,7 +104,7 @@ def attach(backend: str | None, namespace: str | None, name: str) -> None:
 
 @click.command()
 @_where
-@_namespace
+@in_namespace
 @click.argument("source")
 @click.argument("target")
 def cp(backend: str | None, namespace: str | None, source: str, target: str) -> None:
@@ -132,7 +132,7 @@ def cp(backend: str | None, namespace: str | None, source: str, target: str) -> 
 
 
 @click.command()
-@_namespace
+@in_namespace
 @click.option("--service-account", metavar="NAME", default="fiberexec", help="Whose rights these are.")
 def rbac(namespace: str | None, service_account: str) -> None:
     """Print the rights that a program needs in a cluster, ready for `kubectl apply -f -`: the smallest Role."""
@@ -154,7 +154,7 @@ def program(places: Places, name: str) -> run_base.Place | None:
 
     for row in places.rows:
         if row.id == name and row.role == PROGRAM and row.backend in ("local", "kubernetes"):
-            return _place(row.backend, None)
+            return _place(row.backend, places.namespace)
     return None
 
 
@@ -168,8 +168,9 @@ def _show(place: run_base.Place, name: str) -> None:
         return
     try:
         place.remove(name)
-    except FiberError as error:  # which is no end of the program's
-        note(f"fiberexec: what is left of {name} could not be removed: {error}")
+    except (FiberError, KeyboardInterrupt) as error:  # which is no end of the program's
+        remedy = f"What to do: fiberexec kill {place.where}{name}"
+        note(f"fiberexec: what is left of {name} could not be removed: {str(error) or 'interrupted'}. {remedy}")
     click.get_current_context().exit(code)
 
 
@@ -187,6 +188,8 @@ def _fetch(place: run_base.Place, name: str, path: str, target: str) -> None:
             run_code.unpack(archive, target)
         else:
             folder, base = os.path.split(target)
+            if not base:
+                raise FiberError(f"there is no folder {target}")
             run_code.unpack(archive, folder or ".", base)
 
 
@@ -197,16 +200,14 @@ def _wanted(backend: str | None, command: tuple[str, ...], name: str | None, opt
     from fiberexec import _config
     from fiberexec._cli import run_base, run_code
 
+    if options["image"] and options["dockerfile"]:
+        raise click.UsageError("--image and --dockerfile exclude each other")
     settings = _config.load(backend=backend, image=options["image"])
+    if options["dockerfile"]:
+        settings = settings._replace(image=None)  # of a file or a variable, which an option outdoes
     if settings.backend not in _BACKENDS:
         raise ConfigError(f"`fiberexec run` knows the backends {', '.join(_BACKENDS)}, not {settings.backend!r}: --backend")
-    volumes = (_claims if settings.backend == "kubernetes" else _volumes)(options["volume"])
-    if volumes and settings.backend == "local":
-        raise ConfigError("--volume: a program on this host sees its folders where they are; leave it out, or give --backend")
-    if volumes:
-        given = dict(settings.backend_options)
-        given["volumes"] = {**given.get("volumes", {}), **volumes}
-        settings = settings._replace(backend_options=given, sources={**settings.sources, "backend_options": "--volume"})
+    settings = settings._replace(backend_options=_with_volumes(settings, list(_each_volume(options["volume"]))))
     sizes = {
         key: _config.check(key, _number(options[key]), f"--{key}")
         for key in ("cpu", "memory", "gpu")
@@ -260,23 +261,24 @@ def _each_volume(given: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         yield source, folder, mode or "rw"
 
 
-def _claims(given: Sequence[str]) -> dict[str, Any]:
-    """A source is a claim, or a folder of the nodes where it begins with "/"."""
-    kind = {True: "hostPath", False: "persistentVolumeClaim"}
-    return {
-        folder: {kind[source.startswith("/")]: source, "read_only": mode == "ro"}
-        for source, folder, mode in _each_volume(given)
-    }
+def _with_volumes(settings: Any, added: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """The backend's options, with these volumes too; those of containers as mounts, whose paths hold where the program is."""
+    options = dict(settings.backend_options)
+    if settings.backend == "local" and added:
+        raise ConfigError("--volume: a program on this host sees its folders where they are; leave it out, or give --backend")
+    if settings.backend == "kubernetes" and added:
+        kind = {True: "hostPath", False: "persistentVolumeClaim"}  # of a source that begins with "/", or not
+        claims = {
+            folder: {kind[source.startswith("/")]: source, "read_only": mode == "ro"} for source, folder, mode in added
+        }
+        options["volumes"] = {**(options.get("volumes") or {}), **claims}
+    elif settings.backend == "docker" and (added or options.get("volumes")):
+        from fiberexec.backends import _docker_options
 
-
-def _volumes(given: Sequence[str]) -> dict[str, Any]:
-    """A source is a folder of this host, or a volume of the engine's."""
-    found = {}
-    for source, folder, mode in _each_volume(given):
-        if source.startswith((".", "~", "/")):
-            source = os.path.abspath(os.path.expanduser(source))
-        found[source] = {"bind": folder, "mode": mode}
-    return found
+        mounts = [*_docker_options.mounts(options), *_docker_options.mounts({"volumes": list(map(":".join, added))})]
+        options = {name: value for name, value in options.items() if name not in ("volumes", "mounts")}
+        options["mounts"] = list({mount.get("Target", mount.get("target")): mount for mount in mounts}.values())
+    return options
 
 
 # -- places

@@ -57,6 +57,10 @@ def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], No
             signal.signal(number, old)
 
 
+class _Left(Exception):
+    """A signal has come while somebody is asked."""
+
+
 class _Session:
     def __init__(self, place: Place, name: str) -> None:
         self._place = place
@@ -121,36 +125,44 @@ class _Session:
             note(f"\nfiberexec: {self._name} is killed")
             self._pass_on(signal.SIGKILL)
             return False
-        if self._asked() == "d":
-            note(f"fiberexec: {self._name} goes on: `fiberexec attach {self._name}` shows it again")
+        answer = self._asked()
+        if not answer:
+            return False
+        if answer == "d":
+            note(f"fiberexec: {self._name} goes on: `fiberexec attach {self._place.where}{self._name}` shows it again")
             return True
         note(f"fiberexec: {self._name} is asked to stop (SIGINT); Ctrl-C again kills it")
         self._pass_on(signal.SIGINT)
         return False
 
     def _asked(self) -> str:
-        """ "d" to leave the program alone, "s" to stop it; the latter where nobody can be asked."""
+        """ "d" to leave the program alone, "s" to stop it, as where nobody can be asked; "" if another signal comes first."""
         if not sys.stdin.isatty() or not sys.stderr.isatty():
             return "s"
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def leave(number: int, frame: object) -> None:
+            self.signalled(number, frame)
+            raise _Left
+
         try:
-            while True:
-                print(
-                    f"\nfiberexec: (d)etach and leave {self._name} running, or (s)top it? [d/s] ",
-                    end="",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                answer = sys.stdin.readline()
-                if not answer:
-                    return "d"  # nobody is there any more
-                if answer.strip().lower()[:1] in ("d", "s"):
-                    return answer.strip().lower()[0]
+            with _handled(_HANDLED, leave), _handled((signal.SIGINT,), signal.default_int_handler):
+                return self._answer()
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return "s"
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        except _Left:
+            print(file=sys.stderr)
+            return ""
+
+    def _answer(self) -> str:
+        while True:
+            question = f"\nfiberexec: (d)etach and leave {self._name} running, or (s)top it? [d/s] "
+            print(question, end="", file=sys.stderr, flush=True)
+            answer = sys.stdin.readline()
+            if not answer:
+                return "d"  # nobody is there any more
+            if answer.strip().lower()[:1] in ("d", "s"):
+                return answer.strip().lower()[0]
 
     def _pass_on(self, number: int) -> None:
         try:

@@ -15,6 +15,7 @@ from fiberexec._errors import ConfigError
 Put = Callable[[int, bytes], None]  # of a descriptor, 1 or 2, and what was written there
 ROLE = "fiberexec.role"  # the label of what runs a program; workers have none
 DRIVER = "driver"  # its value
+MARK = "fiberexec.made"  # the label, or annotation, that tells a container or a Job from another of its name
 COMMAND = "fiberexec.command"  # the label, or annotation, with the program's command line
 
 
@@ -45,6 +46,7 @@ class Place(Protocol):
     """Where programs run. Everything raises FiberError, which says what to do."""
 
     name: str  # of the backend
+    where: str  # options by which commands find its programs: "", or with a space behind
 
     def start(self, wanted: Wanted, said: Callable[[str], None]) -> None:
         """Start a program. ``said`` gets what is worth knowing meanwhile."""

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from fiberexec import _config, _platform
 from fiberexec._cli import run_code, run_first
-from fiberexec._cli.run_base import COMMAND, DRIVER, ROLE, Fate, Put, Wanted, followed, shown, variables
+from fiberexec._cli.run_base import COMMAND, DRIVER, MARK, ROLE, Fate, Put, Wanted, followed, shown, variables
 from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
@@ -46,6 +46,7 @@ class DockerPlace:
     """See run_base.Place. Raises ConfigError without Docker's SDK."""
 
     name = "docker"
+    where = ""
 
     def __init__(self) -> None:
         try:
@@ -81,23 +82,24 @@ class DockerPlace:
         groups = [str(os.stat(socket).st_gid)] if os.path.exists(socket) else []
         host["group_add"] = [*host.get("group_add", ()), *groups]
         command = [checked.python or "python", "-m", run_first.__name__, _FOLDER]
+        mark = os.urandom(8).hex()
         api = client.api
-        made = api.create_container(
-            image,
-            command if checked.entrypoint is None else None,
-            entrypoint=None if checked.entrypoint is None else [*checked.entrypoint, *command],
-            name=wanted.name,
-            user=checked.user,
-            labels={**checked.labels, **_labels(wanted)},
-            host_config=api.create_host_config(**host),
-            **{**checked.container, "hostname": wanted.name},  # its workers tell by it whose they are
-        )["Id"]
         try:
+            made = api.create_container(
+                image,
+                command if checked.entrypoint is None else None,
+                entrypoint=None if checked.entrypoint is None else [*checked.entrypoint, *command],
+                name=wanted.name,
+                user=checked.user,
+                labels={**checked.labels, **_labels(wanted), MARK: mark},
+                host_config=api.create_host_config(**host),
+                **{**checked.container, "hostname": wanted.name},  # its workers tell by it whose they are
+            )["Id"]
             with run_code.packed(wanted.code, _spec(wanted, image)) as archive:
                 api.put_archive(made, "/", archive)
             api.start(made)
-        except BaseException:
-            remove(client, made)
+        except BaseException:  # which may be a signal, before the engine's answer
+            _undo(client, wanted.name, mark)
             raise
 
     # -- a program that is there
@@ -273,15 +275,21 @@ class DockerPlace:
         self._engine.drop()
 
 
+def _undo(client: Any, name: str, mark: str) -> None:
+    """Remove a container if it is the one with this mark: another one may have its name."""
+    try:
+        if client.api.inspect_container(name)["Config"]["Labels"].get(MARK) == mark:
+            remove(client, name)
+    except Exception as error:
+        _logger.debug("container %s cannot be removed: %r", name, error)
+
+
 def image_of(engine: Engine, wanted: Wanted, extra: str, said: Callable[[str], None]) -> str:
     """The name of the program's image, built if none is given. ``extra``: of fiberexec, which starting workers needs."""
     if wanted.settings.image is not None:
         return wanted.settings.image
     told = options.check(_config.Settings(backend_options=_build_options(wanted)))
     recipe = _images.find(os.getcwd(), wanted.dockerfile or told.dockerfile, told.base_image, told.build_args, extra)
-    if recipe.files is not None:
-        requirements = recipe.files["requirements.txt"] + f"{_images.EXTRAS[extra]}\n".encode()
-        recipe = recipe._replace(files={**recipe.files, "requirements.txt": requirements})
     said(f"the image is that of {recipe.source}")
     try:
         return _images.build(engine.client(), recipe, told.build_args, None, lambda line: said(f"build: {line}"))

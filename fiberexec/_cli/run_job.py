@@ -11,7 +11,7 @@ from typing import Any
 
 from fiberexec import _platform
 from fiberexec._cli import run_code, run_first
-from fiberexec._cli.run_base import COMMAND, DRIVER, ROLE, Fate, Wanted, shown
+from fiberexec._cli.run_base import COMMAND, DRIVER, MARK, ROLE, Fate, Wanted, shown
 from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _kubernetes_errors as errors
 from fiberexec.backends import _kubernetes_options as options
@@ -19,7 +19,6 @@ from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends._kubernetes_api import Api, ApiError
 
 ACCOUNT = "fiberexec"  # the service account where none is named
-MARK = "fiberexec.made"  # the annotation that tells a Job from another of its name
 _KEPT = 3600  # seconds that a Job is kept whose end nobody has seen
 _ROOT = f"/{run_code.HOME}"
 
@@ -183,10 +182,12 @@ def refused(name: str, message: str, namespace: str) -> str:
     return str(errors.explained(ApiError(403, "", said, ""), f"starting {name}", namespace))
 
 
-def fate(name: str, pod: dict[str, Any]) -> Fate:
-    """How a pod's program ended."""
+def fate(name: str, pod: dict[str, Any], more: str = "") -> Fate:
+    """How a pod's program ended. ``more`` is worth knowing too."""
     exit = pods.exit_of(pod)
     code = 137 if exit.code is None else 128 - exit.code if exit.code < 0 else exit.code
     if exit.reason == "OOMKilled":
-        return Fate(code, f"{name} took more memory than it may: give it more (--memory)")
-    return Fate(code, f"{name}: {exit.reason}: {exit.log.strip()}" if exit.reason else "")
+        text = f"{name} took more memory than it may: give it more (--memory)"
+    else:
+        text = f"{name}: {exit.reason}: {exit.log.strip()}" if exit.reason else ""
+    return Fate(code, "; ".join(filter(None, (text, more))))

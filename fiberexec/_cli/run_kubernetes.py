@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from fiberexec._cli import run_code, run_files, run_job
-from fiberexec._cli.run_base import DRIVER, ROLE, Fate, Put, Wanted, followed, variables
+from fiberexec._cli.run_base import DRIVER, MARK, ROLE, Fate, Put, Wanted, followed, variables
 from fiberexec._cli.run_exec import Exec
 from fiberexec._cli.run_log import PodLog
 from fiberexec._errors import ConfigError, FiberError
@@ -47,6 +47,7 @@ class KubernetesPlace:
         given = settings.backend_options if settings.sources["backend_options"] != _config.DEFAULT else {}
         context, configured = given.get("context"), given.get("namespace")
         options.check(_config.Settings(backend="kubernetes"))
+        self.where = f"--namespace {namespace} " if namespace else ""
         self._context = context
         self._api = Api(context)
         self._reader = Reader(self._api, namespace or configured)
@@ -87,12 +88,14 @@ class KubernetesPlace:
             made: dict[str, Any] = self._api.call("POST", self._jobs(), body=job)
             return made
         except ApiError as error:
-            if error.status != 409:
+            if error.status != 409 and not error.passing:
                 raise
             found = self._own(job)
-            if found is None:
-                raise ConfigError(f"there is a Job {name!r} already: give another --name") from None
-            return found  # the server had made it, and its answer was lost
+            if found is not None:
+                return found  # the server had made it, and its answer was lost
+            if error.status != 409:
+                raise
+            raise ConfigError(f"there is a Job {name!r} already: give another --name") from None
         except BaseException:  # a signal, while nobody knew whether there is one
             if self._own(job) is not None:
                 self.remove(name)
@@ -105,8 +108,8 @@ class KubernetesPlace:
             found: dict[str, Any] = self._api.call("GET", self._jobs(meta["name"]))
         except ApiError:
             return None
-        mark = found["metadata"].get("annotations", {}).get(run_job.MARK)
-        return found if mark == meta["annotations"][run_job.MARK] else None
+        mark = found["metadata"].get("annotations", {}).get(MARK)
+        return found if mark == meta["annotations"][MARK] else None
 
     def _variables(self, wanted: Wanted, image: str) -> dict[str, str]:
         given = {name: value for name, value in wanted.settings.backend_options.items() if name != "context"}
@@ -167,7 +170,7 @@ class KubernetesPlace:
 
     def follow(self, name: str, put: Put) -> Fate:
         log = PodLog(self._api)
-        away = 0.0
+        away, over = 0.0, False
         while True:
             try:
                 pod = self._pod(name)
@@ -181,10 +184,11 @@ class KubernetesPlace:
                 away = 0.0
             except (ApiError, FiberError) as error:
                 refusal = error if isinstance(error, ApiError) else error.__cause__
-                if not isinstance(refusal, ApiError) or not refusal.passing:
-                    raise self._failed(error, f"reading the log of {name}") from error
+                if over and pod is not None and isinstance(refusal, ApiError) and refusal.status in (400, 404):
+                    return run_job.fate(name, pod, f"what else it wrote has gone with its container ({refusal})")
                 away = away or time.monotonic()
-                if time.monotonic() > away + _AWAY:
+                passes = isinstance(refusal, ApiError) and refusal.passing
+                if not passes or time.monotonic() > away + _AWAY:
                     raise self._failed(error, f"reading the log of {name}") from error
                 over = False
             if over and pod is not None:
@@ -251,13 +255,18 @@ class KubernetesPlace:
         import tempfile
 
         pod, where = self._where(name, path)
-        answer = self._exec(pod, "give", where)
-        whole, mark, _ = answer.rpartition(run_files.END)
-        if not mark:
-            raise FiberError(f"the connection to {name} broke while {where} was copied")
         file = tempfile.TemporaryFile()
-        for line in whole.split():
-            file.write(base64.b64decode(line))
+        rest = ""
+
+        def take(text: str) -> None:
+            nonlocal rest
+            *lines, rest = (rest + text).split("\n")
+            for line in lines:
+                file.write(base64.b64decode(line))
+
+        self._exec(pod, "give", where, take=take)
+        if rest != run_files.END.decode():
+            raise FiberError(f"the connection to {name} broke while {where} was copied")
         file.seek(0)
         return file
 
@@ -283,11 +292,13 @@ class KubernetesPlace:
         archive.seek(0)
         self._exec(pod, "receive", folder, str(size), stdin=archive)
 
-    def _exec(self, pod: dict[str, Any], *arguments: str, stdin: IO[bytes] | None = None) -> bytes:
+    def _exec(
+        self, pod: dict[str, Any], *arguments: str, stdin: IO[bytes] | None = None, take: Callable[[str], None] | None = None
+    ) -> bytes:
         started = next((one.get("command") for one in pod["spec"]["containers"] if one["name"] == pods.WORKER), None)
         command = [(started or ["python"])[0], "-m", run_files.__name__, *arguments]
         execute = Exec(self._context, self._reader.namespace())
-        return execute.run(pods.name(pod), pods.WORKER, command, stdin)
+        return execute.run(pods.name(pod), pods.WORKER, command, stdin, take)
 
     def close(self) -> None:
         self._api.close()

@@ -30,6 +30,7 @@ class LocalPlace:
     """See run_base.Place."""
 
     name = "local"
+    where = ""
 
     def __init__(self) -> None:
         base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -44,6 +45,13 @@ class LocalPlace:
             raise ConfigError(f"there is a program {wanted.name!r} already: give another --name") from None
         except OSError as error:
             raise FiberError(f"the folder of programs cannot be made: {error}; XDG_STATE_HOME chooses another") from None
+        try:
+            self._begin(wanted, folder)
+        except BaseException:  # a signal, a full disk: else the name would be taken, and what --env said lie there
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _begin(self, wanted: Wanted, folder: Path) -> None:
         spec = {"command": wanted.command, "env": variables(wanted), "folder": "", "note": True}
         (folder / "command").write_text(shown(wanted.command))
         (folder / run_first.EXIT).touch()
@@ -63,7 +71,11 @@ class LocalPlace:
                 pass_fds=[lock.fileno()],
             )
             process.returncode = 0  # its lock tells when it has ended
-        (folder / "pid").write_text(str(process.pid))
+        try:
+            (folder / "pid").write_text(str(process.pid))
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
     def follow(self, name: str, put: Put) -> Fate:
         folder = self._folder(name)

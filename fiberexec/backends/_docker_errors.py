@@ -94,8 +94,8 @@ def is_outage(error: BaseException) -> bool:
         return error.status_code in (502, 503, 504)  # of a proxy before it
     if isinstance(error, (requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError)):
         return True
-    if isinstance(error, requests.ChunkedEncodingError):
-        return True  # it went away in the middle of an answer
+    if isinstance(error, (requests.ChunkedEncodingError, import_module("urllib3.exceptions").HTTPError)):
+        return True  # it went away in the middle of an answer: the SDK reads some of them by urllib3 itself
     return isinstance(error, docker.DockerException) and not isinstance(error, docker.InvalidArgument)
 
 

@@ -88,9 +88,8 @@ def check(settings: Any) -> Options:
         container["working_dir"] = _checked(_text, "working_dir", given)
     if "network" in given:
         host["network_mode"] = _checked(_network, "network", given)
-    mounts = [*(_checked(_volumes, "volumes", given) or ()), *(given.get("mounts") or ())]
-    if mounts:
-        host["mounts"] = [_mount(mount) for mount in mounts]
+    if found := mounts(given):
+        host["mounts"] = [_mount(mount) for mount in found]
     _harden(host)
     _size(settings, host)
     for name, value in host.items():
@@ -238,6 +237,11 @@ def _addresses(value: object) -> tuple[str, ...]:
         if not address or not re.fullmatch(r"[\w.-]+|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*", address):
             raise ValueError("must be a host name or an IP address, without a port, or several of them")
     return addresses
+
+
+def mounts(given: Mapping[str, Any]) -> list[Any]:
+    """What ``volumes`` and ``mounts`` say, in the form of ``mounts``: each path is whole. Raises ConfigError."""
+    return [*(_checked(_volumes, "volumes", given) or ()), *(given.get("mounts") or ())]
 
 
 def _volumes(value: object) -> list[dict[str, Any]]:

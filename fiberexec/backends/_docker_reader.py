@@ -44,6 +44,8 @@ class Reader:
                 yield from (line.decode("utf-8", "replace") for line in lines)
             if rest:
                 yield rest.decode("utf-8", "replace")
+        except Exception as error:
+            raise self._engine.failed(error, f"reading the log of {job}", name=job) from error
         finally:
             shut(pieces)
 

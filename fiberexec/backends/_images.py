@@ -82,7 +82,7 @@ def find(
     """The recipe that holds in a folder. Raises ConfigError if there is none.
 
     ``dockerfile`` is a path, ``base`` the image that a generated one starts from (default: python:X.Y-slim), ``arguments``
-    are those of the build, ``extra`` is for the Dockerfile that an error suggests.
+    are those of the build, ``extra`` is what fiberexec needs to start jobs from there: see EXTRAS.
     """
     given = tuple(sorted(arguments.items()))
     if dockerfile is not None:
@@ -92,7 +92,7 @@ def find(
         return Recipe(str(path), str(path.parent), path.name, None, given)
     here = Path(folder).absolute()
     for place in (here, *here.parents):
-        recipe = _in(place, base, arguments)
+        recipe = _in(place, base, arguments, extra)
         if recipe is not None:
             return recipe._replace(arguments=given)
         if (place / ".git").exists():
@@ -103,18 +103,18 @@ def find(
     )
 
 
-def _in(place: Path, base: str | None, arguments: Iterable[str]) -> Recipe | None:
+def _in(place: Path, base: str | None, arguments: Iterable[str], extra: str) -> Recipe | None:
     path = place / "Dockerfile"
     if path.is_file():
         return Recipe(str(path), str(place), path.name, None)
     path = place / "requirements.txt"
     if path.is_file():
-        return _generated(path, "".join(f"{line}\n" for line in _requirements(path, path.parent, set())), base, arguments)
+        return _generated(path, _requirements(path, path.parent, set()), base, arguments, extra)
     path = place / "pyproject.toml"
     if path.is_file():
         wanted = _dependencies(path)
         if wanted is not None:
-            return _generated(path, "".join(f"{line}\n" for line in wanted), base, arguments)
+            return _generated(path, wanted, base, arguments, extra)
     return None
 
 
@@ -163,7 +163,7 @@ def _dependencies(path: Path) -> list[str] | None:
     return wanted
 
 
-def _generated(source: Path, requirements: str, base: str | None, arguments: Iterable[str]) -> Recipe:
+def _generated(source: Path, wanted: Iterable[str], base: str | None, arguments: Iterable[str], extra: str) -> Recipe:
     pip = "RUN PIP_ROOT_USER_ACTION=ignore python -m pip install --no-cache-dir --disable-pip-version-check"
     lines = [
         f"FROM {base or f'python:{python()}-slim'}",
@@ -171,11 +171,11 @@ def _generated(source: Path, requirements: str, base: str | None, arguments: Ite
         "COPY requirements.txt /opt/fiberexec/",
         f"{pip} -r /opt/fiberexec/requirements.txt",
         f"COPY {_WHEEL} /opt/fiberexec/",
-        f"{pip} /opt/fiberexec/{_WHEEL}",
+        f"{pip} /opt/fiberexec/{_WHEEL}{f' {EXTRAS[extra]!r}' if extra else ''}",  # beside requirements, which may have hashes
     ]
     files = {
         "Dockerfile": "".join(f"{line}\n" for line in lines).encode(),
-        "requirements.txt": requirements.encode(),
+        "requirements.txt": "".join(f"{line}\n" for line in wanted).encode(),
         _WHEEL: _wheel(),
     }
     return Recipe(str(source), str(source.parent), "Dockerfile", files)

@@ -113,6 +113,15 @@ def test_a_generated_image_starts_from_the_drivers_python_and_holds_the_drivers_
         assert sorted(files.getnames()) == sorted(recipe.files)
 
 
+def test_requirements_with_hashes_stay_apart_from_what_a_program_needs_to_start_workers(project: Path) -> None:
+    """Where one has a hash, pip wants one of each."""
+    (project / "requirements.txt").write_text("numpy==2.0 --hash=sha256:0\n")
+    recipe = find(str(project), extra="kubernetes")
+    assert text(recipe, "requirements.txt") == "numpy==2.0 --hash=sha256:0\n"
+    assert text(recipe).endswith("-py3-none-any.whl 'kubernetes>=31'\n")
+    assert recipe.tag() != find(str(project)).tag()
+
+
 def test_what_fiberexec_requires_is_what_its_metadata_says() -> None:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
