@@ -7,10 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import DEADLINE, EXAMPLES, PI, PI_PATH, WORKS, Runner, until
 from services import bare_image, require_docker, worker_image
+
+from fiberexec import ConfigError, _config
+from fiberexec._cli.run_base import Wanted
+from fiberexec._cli.run_docker import DockerPlace
 
 pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
 
@@ -128,6 +133,31 @@ def test_detach_attach_and_files(fx: Runner, tmp_path: Path) -> None:
     again.interrupt()
     again.end(130)
     assert not family("run-test-apart")
+
+
+def test_a_signal_while_a_container_is_made_leaves_nothing_but_anothers(
+    fx: Runner, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from docker.api.container import ContainerApiMixin  # type: ignore[import-untyped]
+
+    create = ContainerApiMixin.create_container
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        create(*arguments, **named)
+        raise SystemExit(143)  # before its answer is heard
+
+    settings = _config.load(backend="docker", image=image)
+    wanted = Wanted("docker", ("true",), "run-test-cut", {}, None, settings, settings)
+    place = DockerPlace()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ContainerApiMixin, "create_container", interrupted)
+        place.start(wanted, print)
+    assert not family("run-test-cut")
+    docker("create", "--name", "run-test-cut", "--label", "fiberexec.role=driver", image)
+    with pytest.raises(ConfigError, match="already: give another --name"):
+        place.start(wanted, print)
+    assert docker("ps", "-aq", "--filter", "name=run-test-cut")
+    place.close()
 
 
 def test_kill_ends_program_and_workers(fx: Runner) -> None:
