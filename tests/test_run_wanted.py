@@ -10,7 +10,7 @@ from typing import IO, Any
 import pytest
 from click.testing import CliRunner, Result
 
-from fiberexec import _config
+from fiberexec import ConfigError, _config
 from fiberexec._cli import places
 from fiberexec._cli import run as run_command
 from fiberexec._cli.run_base import Wanted, variables
@@ -97,6 +97,16 @@ def test_volumes_of_the_settings_and_of_the_command_line_mean_the_same_where_the
     ]
     again = wanted(place, "--volume", "/x:/data").settings.backend_options["mounts"]
     assert [one["source"] for one in again] == ["/x", "cache", "more"]  # the command line has the last word
+
+
+def test_mounts_that_are_none_are_refused_with_what_they_must_be(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("docker")
+    (tmp_path / "fiberexec.toml").write_text('[backend_options]\nmounts = ["./a:/b"]\n')
+    asked = wanted(place, "--volume", "/x:/x")
+    with pytest.raises(ConfigError, match="mounts must have what docker"):
+        _docker_options.check(asked.settings)
 
 
 def test_a_file_is_not_copied_into_a_folder_that_there_is_not(place: Place, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def _with_volumes(settings: Any, added: list[tuple[str, str, str]]) -> dict[str,
 
         mounts = [*_docker_options.mounts(options), *_docker_options.mounts({"volumes": list(map(":".join, added))})]
         options = {name: value for name, value in options.items() if name not in ("volumes", "mounts")}
-        options["mounts"] = list({mount.get("Target", mount.get("target")): mount for mount in mounts}.values())
+        options["mounts"] = list({_docker_options.target(mount): mount for mount in mounts}.values())  # the last one holds
     return options
 
 

@@ -44,6 +44,18 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What comes meanwhile comes at the end."""
+    came: list[int] = []
+    try:
+        with _handled(_HANDLED, lambda number, _frame: came.append(number)):
+            yield
+    finally:
+        for number in came:
+            os.kill(os.getpid(), number)
+
+
+@contextmanager
 def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handle signals but those that whoever started this wants ignored, as nohup does."""
     before = {number: signal.getsignal(number) for number in numbers}

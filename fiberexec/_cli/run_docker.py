@@ -38,6 +38,8 @@ _FOLDER = f"/{run_code.HOME}"
 _AGAIN = 1.0  # seconds between attempts to reach an engine that has gone
 _PATIENCE = 60.0  # seconds of them
 _LATE = 120.0  # seconds: what fails only then had been answered before, since no answer at all takes half of that
+_MADE = 3.0  # seconds in which a container appears that nobody waits for any more
+_LOOK = 0.1  # seconds between looks for it
 _LAST = 4096  # bytes of output that are kept, to be judged
 _logger = logging.getLogger("fiberexec")
 
@@ -98,8 +100,8 @@ class DockerPlace:
             with run_code.packed(wanted.code, _spec(wanted, image)) as archive:
                 api.put_archive(made, "/", archive)
             api.start(made)
-        except BaseException:  # which may be a signal, before the engine's answer
-            _undo(client, wanted.name, mark)
+        except BaseException as error:
+            _undo(client, wanted.name, mark, 0.0 if isinstance(error, Exception) else _MADE)
             raise
 
     # -- a program that is there
@@ -275,13 +277,24 @@ class DockerPlace:
         self._engine.drop()
 
 
-def _undo(client: Any, name: str, mark: str) -> None:
-    """Remove a container if it is the one with this mark: another one may have its name."""
-    try:
-        if client.api.inspect_container(name)["Config"]["Labels"].get(MARK) == mark:
-            remove(client, name)
-    except Exception as error:
-        _logger.debug("container %s cannot be removed: %r", name, error)
+def _undo(client: Any, name: str, mark: str, patience: float) -> None:
+    """Remove a container if it is the one with this mark: another one may have its name.
+
+    ``patience``: seconds that the engine may take to make it.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            if client.api.inspect_container(name)["Config"]["Labels"].get(MARK) == mark:
+                remove(client, name)
+            return
+        except sdk().NotFound:
+            if time.monotonic() > end:
+                return
+        except Exception as error:
+            _logger.debug("container %s cannot be removed: %r", name, error)
+            return
+        time.sleep(_LOOK)
 
 
 def image_of(engine: Engine, wanted: Wanted, extra: str, said: Callable[[str], None]) -> str:

@@ -85,17 +85,20 @@ class KubernetesPlace:
         """The Job, which the cluster has made. Raises ConfigError if there is another of its name."""
         name = job["metadata"]["name"]
         try:
-            made: dict[str, Any] = self._api.call("POST", self._jobs(), body=job)
-            return made
-        except ApiError as error:
-            if error.status != 409 and not error.passing:
-                raise
-            found = self._own(job)
-            if found is not None:
-                return found  # the server had made it, and its answer was lost
-            if error.status != 409:
-                raise
-            raise ConfigError(f"there is a Job {name!r} already: give another --name") from None
+            try:
+                made: dict[str, Any] = self._api.call("POST", self._jobs(), body=job)
+                return made
+            except ApiError as error:
+                if error.status != 409 and not error.passing:
+                    raise
+                found = self._own(job)
+                if found is not None:
+                    return found  # the server had made it, and its answer was lost
+                if error.status != 409:
+                    raise
+                raise ConfigError(f"there is a Job {name!r} already: give another --name") from None
+        except (ApiError, ConfigError):
+            raise
         except BaseException:  # a signal, while nobody knew whether there is one
             if self._own(job) is not None:
                 self.remove(name)

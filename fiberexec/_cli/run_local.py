@@ -19,6 +19,7 @@ from typing import IO
 
 from fiberexec import _config
 from fiberexec._cli import run_first
+from fiberexec._cli.run_attach import uninterrupted
 from fiberexec._cli.run_base import Fate, Put, Wanted, followed, shown, variables
 from fiberexec._errors import ConfigError, FiberError
 
@@ -46,35 +47,15 @@ class LocalPlace:
         except OSError as error:
             raise FiberError(f"the folder of programs cannot be made: {error}; XDG_STATE_HOME chooses another") from None
         try:
-            self._begin(wanted, folder)
+            spec = {"command": wanted.command, "env": variables(wanted), "folder": "", "note": True}
+            (folder / "command").write_text(shown(wanted.command))
+            (folder / run_first.EXIT).touch()
+            (folder / run_first.SPEC).touch(mode=0o600)
+            (folder / run_first.SPEC).write_text(json.dumps(spec))
+            with uninterrupted():
+                _begin(folder)
         except BaseException:  # a signal, a full disk: else the name would be taken, and what --env said lie there
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def _begin(self, wanted: Wanted, folder: Path) -> None:
-        spec = {"command": wanted.command, "env": variables(wanted), "folder": "", "note": True}
-        (folder / "command").write_text(shown(wanted.command))
-        (folder / run_first.EXIT).touch()
-        (folder / run_first.SPEC).touch(mode=0o600)
-        (folder / run_first.SPEC).write_text(json.dumps(spec))
-        # Options are those of the backend beside which they were set here; what is meant for this one is in the spec.
-        environ = {name: text for name, text in os.environ.items() if name != f"{_config.PREFIX}BACKEND_OPTIONS"}
-        with open(folder / "lock", "w") as lock, open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            process = subprocess.Popen(
-                [sys.executable, "-m", run_first.__name__, str(folder)],
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-                pass_fds=[lock.fileno()],
-            )
-            process.returncode = 0  # its lock tells when it has ended
-        try:
-            (folder / "pid").write_text(str(process.pid))
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            self.remove(wanted.name)
             raise
 
     def follow(self, name: str, put: Put) -> Fate:
@@ -167,3 +148,23 @@ def _children(pid: int) -> list[int]:
     from fiberexec._cli import processes
 
     return [process.pid for process in processes.table().values() if process.parent == pid]
+
+
+def _begin(folder: Path) -> None:
+    """Start what runs a program, and note its process, by which it is ended."""
+    (folder / "pid").touch()
+    # Options are those of the backend beside which they were set here; what is meant for this one is in the spec.
+    environ = {name: text for name, text in os.environ.items() if name != f"{_config.PREFIX}BACKEND_OPTIONS"}
+    with open(folder / "lock", "w") as lock, open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-m", run_first.__name__, str(folder)],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+        )
+        process.returncode = 0  # its lock tells when it has ended
+    (folder / "pid").write_text(str(process.pid))

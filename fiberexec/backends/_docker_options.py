@@ -244,6 +244,11 @@ def mounts(given: Mapping[str, Any]) -> list[Any]:
     return [*(_checked(_volumes, "volumes", given) or ()), *(given.get("mounts") or ())]
 
 
+def target(mount: Any) -> str:
+    """Where one of mounts() is in a container."""
+    return str(mount.get("Target", mount.get("target"))) if isinstance(mount, Mapping) else repr(mount)
+
+
 def _volumes(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, Mapping):
         parts = [word.split(":") for word in _words(value)]

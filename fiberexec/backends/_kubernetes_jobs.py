@@ -29,7 +29,7 @@ class Known:
         self.deleted = False  # and the server has been told so
         self.gone = False  # its object is
         self.heard: pods.Trouble | None = None  # why it does not start, as its events say
-        self._heard = 0.0  # since when
+        self._missed = 0.0  # since when they say that something is missing
         self.exit: Exit | None = None  # how it ended, where that is known before the end
         self.pod: dict[str, Any] = {}  # as it was last seen, without what is of no use
         self._trouble: pods.Trouble | None = None  # why it does not start, as its object says
@@ -58,9 +58,9 @@ class Known:
     def hear(self, reason: str, message: str) -> None:
         """An event says why it is not set up: a volume that is missing may yet come, and a new node's drivers do."""
         if self.mute:
-            self._heard = self._heard or time.monotonic()
             missing = "not found" in message and "registered CSI drivers" not in message
-            self.heard = pods.Trouble(reason, message, missing and time.monotonic() >= self._heard + LASTING)
+            self._missed = (self._missed or time.monotonic()) if missing else 0.0
+            self.heard = pods.Trouble(reason, message, missing and time.monotonic() >= self._missed + LASTING)
 
     @property
     def trouble(self) -> pods.Trouble | None:

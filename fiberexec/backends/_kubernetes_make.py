@@ -127,22 +127,28 @@ class Maker:
             return self._own
 
     def _looked_at(self) -> dict[str, Any]:
-        """The pod of this host's name, as most are; else the one of its address, unless that is the node's."""
+        """The pod of this host's name, as most are called; else that of its address. Raises ApiError."""
         path, own = f"/api/v1/namespaces/{self._api.namespace()}/pods", self._api.own_address()
-        found: dict[str, Any] = {}
-        missing: ApiError | None = None
+        found: dict[str, Any] | None = None
         try:
             found = self._api.call("GET", f"{path}/{socket.gethostname()}", patience=_PATIENCE)
         except ApiError as error:
-            if error.status != 404:
+            if error.status != 404 or not own:
                 raise
-            missing = error
-        if found.get("status", {}).get("podIP", own) != own or missing is not None:
-            listed = self._api.call("GET", path, {"fieldSelector": f"status.podIP={own}"}, patience=_PATIENCE)["items"]
-            found = next((one for one in listed if not one["spec"].get("hostNetwork")), found)
-        if missing is not None and not found:
-            raise missing
+        if own and (found is None or found["status"].get("podIP", own) != own):
+            try:
+                found = self._at(path, own) or found
+            except ApiError:
+                if found is None:
+                    raise
+        if found is None:
+            raise ApiError(404, "NotFound", f"there is no pod {socket.gethostname()!r}, nor one with the address {own}", "")
         return found
+
+    def _at(self, path: str, address: str) -> dict[str, Any] | None:
+        """The pod that has an address of its own: it is not the node's, nor was it that of one that has ended."""
+        listed = self._api.call("GET", path, {"fieldSelector": f"status.podIP={address}"}, patience=_PATIENCE)["items"]
+        return next((one for one in listed if not (one["spec"].get("hostNetwork") or pods.has_ended(one))), None)
 
 
 def _owner(pod: dict[str, Any]) -> dict[str, Any]:

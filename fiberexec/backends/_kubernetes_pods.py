@@ -47,8 +47,9 @@ def is_running(pod: Mapping[str, Any]) -> bool:
 
 
 def is_set_up(pod: Mapping[str, Any]) -> bool:
-    """Whether it has its volumes and its network."""
-    return bool(pod.get("status", {}).get("podIP"))
+    """Whether it has its volumes and its network. Where that is the node's, nobody can tell."""
+    status = pod.get("status", {})
+    return bool(status.get("podIP")) and status["podIP"] != status.get("hostIP")
 
 
 def has_ended(pod: Mapping[str, Any]) -> bool:

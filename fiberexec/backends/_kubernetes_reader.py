@@ -77,7 +77,7 @@ def described(pod: dict[str, Any]) -> dict[str, Any]:
     state = str(pod["status"].get("phase", "")).lower()
     if meta.get("deletionTimestamp"):
         state = "terminating"
-    elif pods.has_ended(pod):  # another container, such as a mesh's proxy, may go on
+    elif state == "running" and pods.has_ended(pod):  # another container, such as a mesh's proxy, goes on
         state = "failed" if pods.exit_of(pod).code else "succeeded"
     return {
         "id": pods.name(pod) if labels.get("fiberexec.role") == "outpost" else labels["fiberexec.job"],

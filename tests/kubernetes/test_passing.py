@@ -113,32 +113,47 @@ def told(fake: Fake, message: str) -> None:
 
 
 def test_a_volume_that_is_missing_when_a_pod_has_long_waited_for_a_node_may_yet_come(
-    fake: Fake, one: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    fake: Fake, one: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(jobs, "LASTING", 1.0)
     fake.node = False
     job = one.start(1, "")
-    one.backend._jobs[job].since -= 60.0  # when it was made
+    known = one.backend._jobs[job]
+    known.since -= 60.0  # when it was made
     told(fake, ABSENT)
     eventually(lambda: ABSENT in caplog.text, SOON)
-    fake.say(job, podIP="10.0.0.1")  # it has come; its image is pulled
+    assert known.trouble is not None and not known.trouble.final
+    fake.say(job, podIP="10.0.0.1", hostIP="192.0.2.1")  # it has come; its image is pulled
+    eventually(lambda: known.trouble is None, SOON)
+    known._missed -= 60.0
     looks = fake.count("GET", "/events")
-    time.sleep(1.5)  # what is being measured: longer than what is missing is waited for
+    fake.say(job, message="another look")
+    time.sleep(1.0)  # what is being measured: several looks
     assert one.ended == [] and fake.count("DELETE", "pods/") == 0 and fake.count("GET", "/events") <= looks + 1
-    assert one.backend._jobs[job].trouble is None
+
+
+def test_a_pod_on_its_nodes_network_may_lack_volumes_though_it_has_an_address(fake: Fake, one: Place) -> None:
+    fake.node = False
+    job = one.start(1, "")
+    fake.say(job, podIP="192.0.2.1", hostIP="192.0.2.1")
+    told(fake, ABSENT)
+    eventually(lambda: one.backend._jobs[job].heard is not None, SOON)
 
 
 @pytest.mark.parametrize(("message", "given_up"), [(ABSENT, 1), (NO_DRIVER, 0)])
 def test_a_volume_that_stays_away_is_an_error_and_a_node_that_is_new_is_none(
-    message: str, given_up: int, fake: Fake, one: Place, monkeypatch: pytest.MonkeyPatch
+    message: str, given_up: int, fake: Fake, one: Place
 ) -> None:
-    monkeypatch.setattr(jobs, "LASTING", 0.5)
     fake.node = False
     job = one.start(1, "")
-    told(fake, message)
+    told(fake, NO_DRIVER)  # at first, for long
     known = one.backend._jobs[job]
-    eventually(lambda: known._heard > 0 and time.monotonic() > known._heard + 1.5, SOON)
-    eventually(lambda: fake.count("DELETE", "pods/") >= given_up, SOON)
+    eventually(lambda: known.heard is not None, SOON)
+    told(fake, message)
+    eventually(lambda: known.heard is not None and known.heard.message == message, SOON)
+    assert known.trouble is not None and not known.trouble.final
+    known._missed -= jobs.LASTING if known._missed else 0.0
+    looks = fake.count("GET", "/events")
+    eventually(lambda: fake.count("GET", "/events") > looks + 2 or fake.count("DELETE", "pods/") == 1, SOON)
     assert fake.count("DELETE", "pods/") == given_up
     fake.vanish(job)
     assert (one.end(job, SOON).reason == "FailedMount") == bool(given_up)
@@ -249,9 +264,11 @@ def test_an_owner_that_could_not_be_looked_at_once_owns_all_pods(
 
 def test_a_pod_of_another_name_than_its_hosts_is_found_by_its_address(fake: Fake, one: Place, inside: str) -> None:
     """As those of a Job with indices."""
-    for name, network in (("node", True), ("train-0-x7k2p", False)):
+    others = [("node", True, "Running"), ("ended", False, "Succeeded")]
+    for name, network, phase in [*others, ("train-0-x7k2p", False, "Running")]:
         meta = {"name": name, "uid": name, "namespace": NAMESPACE}
-        fake.pods[name] = {"metadata": meta, "spec": {"hostNetwork": network}, "status": {"podIP": "127.0.0.1"}}
+        status = {"podIP": "127.0.0.1", "phase": phase}
+        fake.pods[name] = {"metadata": meta, "spec": {"hostNetwork": network}, "status": status}
     job = one.start(1, "")
     assert [owner["uid"] for owner in fake.pods[job]["metadata"]["ownerReferences"]] == ["train-0-x7k2p"]
 

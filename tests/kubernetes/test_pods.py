@@ -107,9 +107,12 @@ def test_a_sidecar_that_is_started_again_and_again_may_yet_come_up() -> None:
     assert trouble is not None and not trouble.final and "container 'proxy' ends again and again" in trouble.message
 
 
-@pytest.mark.parametrize(("code", "state"), [(0, "succeeded"), (3, "failed"), (None, "running")])
-def test_a_pod_whose_own_container_has_ended_is_shown_as_ended(code: int | None, state: str) -> None:
-    found = pod(phase="Running", code=code)
+@pytest.mark.parametrize(
+    ("phase", "code", "state"),
+    [("Running", 0, "succeeded"), ("Running", 3, "failed"), ("Running", None, "running"), ("Failed", None, "failed")],
+)
+def test_a_pod_whose_own_container_has_ended_is_shown_as_ended(phase: str, code: int | None, state: str) -> None:
+    found = pod(phase=phase, code=code)
     found["metadata"]["labels"] = {"fiberexec.job": "p"}
     assert described(found)["state"] == state
 
