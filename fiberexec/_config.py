@@ -94,17 +94,20 @@ _said = False  # place() has logged its choice
 
 def place() -> tuple[str, str]:
     """The backend that fits where this process is, and why; it is local, without a reason, where nothing says otherwise."""
-    global _said
     for variable, (backend, where) in _PLACES.items():
         if os.environ.get(variable):
             why = f"this process is {where} ({variable} is set)"
-            if not _said:
-                _said = True
-                import logging
-
-                logging.getLogger("fiberexec").info("backend %r is used: %s; backend= chooses another", backend, why)
+            _say(backend, why)
             return backend, why
+    _say("local", "this process is in no pod and no allocation, and nothing else is set")
     return "local", ""
+
+
+def _say(backend: str, why: str) -> None:
+    global _said
+    if not _said and "logging" in sys.modules:  # else nobody could hear
+        _said = True
+        sys.modules["logging"].getLogger("fiberexec").info("backend %r is used: %s; backend= chooses another", backend, why)
 
 
 def check(name: str, value: object, source: str = ARGUMENT) -> Any:

@@ -145,6 +145,17 @@ def test_clean_removes_what_a_dead_driver_left(space: str) -> None:
     until(lambda: not rows())
 
 
+def test_clean_of_everything_finds_a_job_that_the_cluster_has_given_no_pod(space: str) -> None:
+    labels = {"fiberexec.program": "fx-left", "fiberexec.job": "fx-left-outpost-1", "fiberexec.role": "outpost"}
+    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "worker", "image": "not.asked.for:1"}]}}
+    meta = {"name": "fx-left-outpost-1", "namespace": space, "labels": labels}
+    spec = {"suspend": True, "template": template}
+    clusters.apply({"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec})
+    removed = told("clean", "--backend", "kubernetes", "--all")["removed"]
+    assert [each["program"] for each in removed] == ["fx-left-outpost-1"]
+    until(lambda: not clusters.get("-n", space, "jobs")["items"])
+
+
 # -- doctor
 
 

@@ -306,6 +306,14 @@ def test_without_a_file_loading_takes_less_than_a_millisecond() -> None:
     assert sorted(costs)[10] < 0.001
 
 
+def test_that_nothing_says_otherwise_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("fiberexec._config._said", False)
+    with caplog.at_level("INFO", "fiberexec"):
+        assert load().backend == load().backend == "local"
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("backend 'local' is used: this process is in no pod and no allocation")
+
+
 @pytest.mark.parametrize(("variable", "backend"), [("KUBERNETES_SERVICE_HOST", "kubernetes"), ("SLURM_JOB_ID", "slurm")])
 def test_the_backend_that_fits_is_chosen_and_said_once(
     variable: str, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

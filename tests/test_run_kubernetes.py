@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from clusters import kubectl
 from running import EXAMPLES, PI, PI_PATH, WORKS, Runner, until
 from services import cluster_image, require_kubernetes, require_registry, worker_image
+
+from fiberexec.backends._kubernetes_errors import RUN, role
 
 pytestmark = pytest.mark.timeout(400)  # the first one may have to make an image
 
@@ -83,7 +86,9 @@ def test_the_ancestors_command_works_with_a_dockerfile_like_the_ancestors(fx: Ru
     image = fx.env.pop("FIBEREXEC_IMAGE")
     fx.program("examples/pi_estimation.py", PI)
     fx.program("Dockerfile", f"FROM {image}\nADD examples/pi_estimation.py {PI_PATH}\n")
-    first = fx("run", "-a", "--registry", registry, "python3", PI_PATH, code=0)
+    fx.env["FIBEREXEC_REGISTRY"] = registry
+    first = fx("run", "-a", "python3", PI_PATH, code=0)  # as it is written there
+    del fx.env["FIBEREXEC_REGISTRY"]
     assert "Pi is roughly 3.1" in first.stdout
     [name] = re.findall(r"pushing (\S+:[0-9a-f]{16})", first.stderr)  # called after what it is made from
     again = fx("run", "--registry", registry, "python3", "-c", "", code=0).stderr
@@ -181,5 +186,41 @@ def test_without_an_image_or_a_registry_it_says_what_to_give(fx: Runner) -> None
 
 def test_rights_can_be_applied_as_they_are_printed(fx: Runner, namespace: str) -> None:
     kubectl("apply", "-f", "-", stdin=fx("rbac", "--namespace", namespace, "--service-account", "ours", code=0).stdout)
-    done = fx("run", "--service-account", "ours", "python3", "-c", "print('ran')", code=0)
-    assert done.stdout == "ran\n" and "is made" not in done.stderr
+    fx.program("two.py", "from fiberexec import FiberExecutor as E\nwith E(2) as ex: print(sum(ex.map(abs, range(-9, 9))))")
+    done = fx("run", "--service-account", "ours", "python3", "two.py", code=0)
+    assert done.stdout == "81\n" and "is made" not in done.stderr
+
+
+def test_who_starts_programs_needs_this_role_and_no_more_and_is_told_it(fx: Runner, namespace: str, tmp_path: Path) -> None:
+    kubectl("apply", "-f", "-", stdin=fx("rbac", "--namespace", namespace, code=0).stdout)
+    kubectl("-n", namespace, "create", "serviceaccount", "me")
+    wanted = role(namespace, f"system:serviceaccount:{namespace}:me", RUN)
+    config = json.loads(Path(fx.env["KUBECONFIG"]).read_text())
+    config["users"][0]["user"] = {"token": kubectl("-n", namespace, "create", "token", "me")}
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    fx.env["KUBECONFIG"] = str(tmp_path / "kubeconfig")
+    assert wanted in fx("run", "--name", "mine", "python3", "works.py", code=1).stderr
+    exec = next(line for line in wanted.splitlines(True) if "pods/exec" in line)
+    kubectl("apply", "-f", "-", stdin=wanted.replace(exec, ""))
+    assert wanted in fx("run", "--name", "mine", "python3", "works.py", code=1).stderr
+    kubectl("apply", "-f", "-", stdin=wanted)
+    assert fx("run", "-d", "--name", "mine", "python3", "works.py", code=0).stdout == "mine\n"
+    until(lambda: fx("logs", "mine").stdout == "up\n")
+    assert fx("cp", "mine:works.py", "copy.py", code=0) and (tmp_path / "copy.py").read_text() == WORKS
+    fx("kill", "mine", code=0)
+    until(lambda: not left(namespace).replace("me-token", ""))
+
+
+def test_a_program_has_the_size_and_the_volumes_that_it_is_given(fx: Runner, namespace: str) -> None:
+    sizes = ("--cpu", "200m", "--memory", "64Mi", "--volume", "data:/data:ro", "--volume", "/tmp:/host")
+    command = fx.begin("run", "--name", "sized", *sizes, "true")  # it waits for the claim
+    until(lambda: "sized" in left(namespace))
+    spec = json.loads(kubectl("-n", namespace, "get", "job", "sized", "-o", "json"))["spec"]["template"]["spec"]
+    command.process.send_signal(signal.SIGTERM)
+    command.end(128 + 15)
+    amounts = {"cpu": "200m", "memory": str(64 << 20)}
+    assert spec["containers"][0]["resources"] == {"limits": amounts, "requests": amounts}
+    given = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = {mount["mountPath"]: (given[mount["name"]], mount) for mount in spec["containers"][0]["volumeMounts"]}
+    assert mounts["/data"][0]["persistentVolumeClaim"]["claimName"] == "data" and mounts["/data"][1]["readOnly"]
+    assert mounts["/host"][0]["hostPath"]["path"] == "/tmp"

@@ -38,7 +38,12 @@ in_namespace = click.option("--namespace", help="The namespace, with kubernetes 
 @_where
 @click.option("--image", metavar="REF", help="The image that program and workers run (default: it is built).")
 @click.option("--dockerfile", type=click.Path(), help="What the image is built from (default: as the project says).")
-@click.option("--registry", metavar="R", help="Where a built image is pushed to, with kubernetes.")
+@click.option(
+    "--registry",
+    metavar="R",
+    envvar="FIBEREXEC_REGISTRY",
+    help="Where a built image is pushed to, with kubernetes (default: FIBEREXEC_REGISTRY).",
+)
 @click.option("--cpu", metavar="CORES", help="Of the program itself, such as 2 or 500m.")
 @click.option("--memory", metavar="SIZE", help="Of the program itself, such as 4Gi.")
 @click.option("--gpu", type=int, metavar="N", help="Of the program itself.")

@@ -9,6 +9,8 @@ from typing import IO, Any
 
 from fiberexec._errors import FiberError
 from fiberexec.backends import _kubernetes_config
+from fiberexec.backends import _kubernetes_errors as errors
+from fiberexec.backends._kubernetes_api import ApiError
 
 _PIECE = 1 << 16
 _SILENT = 600.0  # seconds for which a command may say nothing
@@ -107,10 +109,8 @@ def _failure(status: str, broken: str) -> str:
 
 
 def _said(error: Exception, namespace: str) -> str:
-    text = " ".join(str(error).split())
-    if "403" in text or "Forbidden" in text:
-        return (
-            f"{text}. What to do: let whoever may give you the right do so: kubectl -n {namespace} create role fiberexec-exec "
-            "--verb=create,get --resource=pods/exec, and a rolebinding"
-        )
+    text = " ".join(str(error).replace('\\"', '"').split())
+    if "is forbidden" in text:
+        refusal = ApiError(403, "Forbidden", text, "")
+        return str(errors.explained(refusal, "that", namespace, rules=errors.RUN)).removeprefix("Kubernetes: ")
     return text

@@ -57,7 +57,7 @@ class KubernetesPlace:
             namespace = self._reader.namespace()
         except Setup:
             namespace = ""
-        return errors.explained(error, doing, namespace)
+        return errors.explained(error, doing, namespace, rules=errors.RUN)
 
     def _jobs(self, name: str = "") -> str:
         return f"/apis/batch/v1/namespaces/{self._reader.namespace()}/jobs{'/' if name else ''}{name}"
@@ -243,9 +243,9 @@ class KubernetesPlace:
         return pod is not None and not ("deletionTimestamp" in pod["metadata"] and pods.has_ended(pod))
 
     def names(self) -> list[str]:
-        """Of all Jobs of programs, some of which a quota or a policy gives no pod; none where they may not be listed."""
+        """Of all Jobs, programs' and outposts', which a quota may give no pod; none where they may not be listed."""
         try:
-            found = self._api.call("GET", self._jobs(), {"labelSelector": f"{ROLE}={DRIVER}"})
+            found = self._api.call("GET", self._jobs(), {"labelSelector": ROLE})
         except (ApiError, Setup) as error:
             if isinstance(error, ApiError) and error.status == 403:
                 return []

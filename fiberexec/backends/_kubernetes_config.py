@@ -6,7 +6,10 @@ import os
 from importlib import import_module
 from typing import Any
 
+from fiberexec._errors import ConfigError
+
 _ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+_FILE = "~/.kube/config"
 _METHODS = ("exec", "auth-provider")  # of a user: ways to credentials that fail without a word to the SDK's caller
 
 
@@ -17,6 +20,17 @@ class Setup(Exception):
 def in_cluster() -> bool:
     """Whether this is a pod that may talk to its API server."""
     return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and os.path.isfile(f"{_ACCOUNT}/token")
+
+
+def must_have_token(context: str | None) -> None:
+    """Raise ConfigError in a pod that nobody has given a way to its API server."""
+    told = context is not None or os.environ.get("KUBECONFIG") or os.path.exists(os.path.expanduser(_FILE))
+    if os.environ.get("KUBERNETES_SERVICE_HOST") and not in_cluster() and not told:
+        raise ConfigError(
+            "this pod has no service account token, so that it cannot make pods. What to do: give it a service account with "
+            "the Role that `fiberexec rbac --namespace NAMESPACE` prints (serviceAccountName), and its token "
+            "(automountServiceAccountToken: true); or run its workers here, backend='local'"
+        )
 
 
 def is_own(context: str | None) -> bool:
@@ -43,7 +57,7 @@ def load(context: str | None) -> tuple[Any, str]:
 
 def _read(configuration: Any, context: str | None) -> str:
     config: Any = import_module("kubernetes.config")
-    path = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
+    path = os.environ.get("KUBECONFIG") or os.path.expanduser(_FILE)
     merged = config.kube_config.KubeConfigMerger(path).config
     found = merged.value if merged is not None else {}
     contexts = {str(one["name"]): one.value.get("context") or {} for one in found.get("contexts", ())}

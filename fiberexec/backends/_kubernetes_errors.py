@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from fiberexec._errors import LaunchError
 from fiberexec._session import UNREACHABLE
@@ -38,11 +39,39 @@ _RULES: tuple[tuple[str, bool, str], ...] = (
     (r"is invalid|strict decoding|cannot be handled as a Pod|unknown field|json: cannot unmarshal", True,
      "correct what it names in pod_template= or in backend_options"),
 )  # fmt: skip
+# What somebody needs: a program in the cluster, one outside, and who starts programs there. The first word names the Role.
+INSIDE = (
+    "fiberexec",
+    '{apiGroups: [""], resources: [pods], verbs: [create, delete, get, list, watch]}',
+    '{apiGroups: [""], resources: [pods/log], verbs: [get]}',
+    '{apiGroups: [""], resources: [events], verbs: [list]}',
+    '{apiGroups: [""], resources: [secrets], verbs: [create]}',
+)
+OUTSIDE = (
+    "fiberexec-outside",
+    *INSIDE[1:],
+    "{apiGroups: [batch], resources: [jobs], verbs: [create, delete, get]}",
+    '{apiGroups: [""], resources: [pods/portforward], verbs: [create, get]}',
+)
+RUN = (
+    "fiberexec-run",
+    "{apiGroups: [batch], resources: [jobs], verbs: [create, delete, get, list]}",
+    '{apiGroups: [""], resources: [pods], verbs: [delete, list]}',
+    '{apiGroups: [""], resources: [pods/log], verbs: [get]}',
+    '{apiGroups: [""], resources: [pods/exec], verbs: [create, get]}',
+    '{apiGroups: [""], resources: [events], verbs: [list]}',
+    '{apiGroups: [""], resources: [serviceaccounts], verbs: [get]}',
+)
 _FORBIDDEN = re.compile(r'User "(?P<user>[^"]*)" cannot (?P<verb>\w+) resource "(?P<resource>[^"]+)"')
 
 
-def explained(error: Exception, doing: str, namespace: str, *, new: bool = True) -> LaunchError:
-    """What an exception means for somebody who wanted a pod. ``new``: the server has never answered."""
+def explained(
+    error: Exception, doing: str, namespace: str, *, new: bool = True, rules: Sequence[str] = ()
+) -> LaunchError:
+    """What an exception means for somebody who wanted a pod.
+
+    ``new``: the server has never answered. ``rules``: what rights are needed, those of a program if nothing is said.
+    """
     if isinstance(error, LaunchError):
         return error
     if isinstance(error, Setup):
@@ -60,7 +89,8 @@ def explained(error: Exception, doing: str, namespace: str, *, new: bool = True)
         )
     forbidden = _FORBIDDEN.search(said) if error.status == 403 else None
     if forbidden is not None:
-        return LaunchError(_forbidden(forbidden, doing, said, namespace), final=True)
+        needed = rules or (INSIDE if in_cluster() else OUTSIDE)
+        return LaunchError(_forbidden(forbidden, doing, said, namespace, needed), final=True)
     for pattern, final, remedy in _RULES:
         if re.search(pattern, said, re.IGNORECASE):
             what = remedy.format(namespace=namespace)
@@ -84,37 +114,33 @@ def _away(said: str, doing: str, url: str, new: bool) -> LaunchError:
     )
 
 
-def _forbidden(found: re.Match[str], doing: str, said: str, namespace: str) -> str:
+def _forbidden(found: re.Match[str], doing: str, said: str, namespace: str, rules: Sequence[str]) -> str:
     verb, resource, user = found["verb"], found["resource"], found["user"]
     return (
         f"Kubernetes: {doing} failed: {user} may not {verb} {resource} in namespace {namespace} ({said}). What to do: let "
-        f"somebody who may apply this (kubectl apply -f -):\n{role(namespace, user, not in_cluster())}"
+        f"somebody who may apply this (kubectl apply -f -):\n{role(namespace, user, rules)}"
     )
 
 
-def role(namespace: str, user: str, outside: bool = False) -> str:
-    """The smallest Role, and a RoleBinding for that user: YAML. ``outside``: for a program that is not in the cluster."""
+def role(namespace: str, user: str, rules: Sequence[str] = INSIDE) -> str:
+    """The smallest Role, and a RoleBinding for that user: YAML."""
     account = re.fullmatch(r"system:serviceaccount:([^:]+):(.+)", user)
     if account is not None:
         subject = f"{{kind: ServiceAccount, name: {account[2]}, namespace: {account[1]}}}"
     else:
         subject = f'{{kind: User, name: "{user}", apiGroup: rbac.authorization.k8s.io}}'
-    outpost = """- {apiGroups: [batch], resources: [jobs], verbs: [create, delete, get]}
-- {apiGroups: [""], resources: [pods/portforward], verbs: [create, get]}
-"""
+    name, *each = rules
+    lines = "\n".join(f"- {rule}" for rule in each)
     return f"""apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
-metadata: {{name: fiberexec, namespace: {namespace}}}
+metadata: {{name: {name}, namespace: {namespace}}}
 rules:
-- {{apiGroups: [""], resources: [pods], verbs: [create, delete, get, list, watch]}}
-- {{apiGroups: [""], resources: [pods/log], verbs: [get]}}
-- {{apiGroups: [""], resources: [events], verbs: [list]}}
-- {{apiGroups: [""], resources: [secrets], verbs: [create]}}
-{outpost if outside else ""}---
+{lines}
+---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
-metadata: {{name: fiberexec, namespace: {namespace}}}
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: fiberexec}}
+metadata: {{name: {name}, namespace: {namespace}}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: {name}}}
 subjects:
 - {subject}
 """

@@ -36,6 +36,7 @@ class Maker:
         self._lock = threading.Lock()
         self._own: dict[str, Any] | None = None  # the driver's pod; {}: none that could own anything
         self._failed: tuple[float, ApiError] | None = None  # the last attempt to look at it, and when it ended
+        self._warned = False
         self.owner: dict[str, Any] | None = None  # of all pods that are made, where that is not the driver's
 
     def pod(self, name: str, program: str, command: list[str]) -> dict[str, Any]:
@@ -60,6 +61,8 @@ class Maker:
             raise LaunchError(f"backend_options: pod_template={wanted.template!r}: {error}", final=True) from error
         if own and own["metadata"]["namespace"] == self._reader.namespace():
             body["metadata"]["ownerReferences"] = [_owner(own)]
+        elif own:
+            self._warn(f"it is in namespace {own['metadata']['namespace']}, and they are in {self._reader.namespace()}")
         if self.owner is not None:
             body["metadata"]["ownerReferences"] = [self.owner]
         return body
@@ -115,16 +118,19 @@ class Maker:
                         self._failed = time.monotonic(), error
                         raise
                     self._own = {}
-                    if self._api.namespace() == self._reader.namespace():
-                        _logger.warning(
-                            "Kubernetes: the pod in which this program is cannot be looked at, so its workers' pods do not "
-                            "belong to it: if it is killed, they stay, ended, until somebody removes them (fiberexec clean). "
-                            "Why: %s%s",
-                            str(error),
-                            " (a host name that is not the pod's: hostNetwork?)" if error.status == 404 else "",
-                        )
+                    hint = " (a host name that is not the pod's: hostNetwork?)" if error.status == 404 else ""
+                    self._warn(f"it cannot be looked at: {error}{hint}")
                 self._failed = None
             return self._own
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "Kubernetes: the pods of this program's workers do not belong to its own: if it is killed together with its "
+                "janitor, they stay, ended, until somebody removes them (fiberexec clean --all). Why: %s",
+                why,
+            )
 
     def _looked_at(self) -> dict[str, Any]:
         """The pod of this host's name, as most are called; else that of its address. Raises ApiError."""

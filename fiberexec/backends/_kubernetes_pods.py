@@ -65,7 +65,8 @@ def exit_of(pod: Mapping[str, Any], *, removed: bool = False) -> Exit:
     reason, message = str(last.get("reason") or ""), str(last.get("message") or "")
     word, text = str(status.get("reason") or ""), str(status.get("message") or "")
     if reason == "OOMKilled" and last.get("exitCode") == 137:  # with another code it was a child, and the agent lived on
-        return Exit(-9, "OOMKilled", f"pod {name(pod)} took more memory than its limit{_limit(pod)}: give it more (memory=)\n")
+        used = f"took more memory than its limit{_limit(pod)}, all of which was in use"
+        return Exit(-9, "OOMKilled", f"pod {name(pod)} {used}: give it more (memory=)\n")
     if reason in ("StartError", "ContainerCannotRun"):
         return Exit(code, reason, f"{message}\n")
     if disrupted := _disruption(pod):

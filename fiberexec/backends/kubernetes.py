@@ -28,7 +28,7 @@ from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends import _kubernetes_watch as watches
 from fiberexec.backends._image_errors import quoted
 from fiberexec.backends._kubernetes_api import Api, ApiError, lines
-from fiberexec.backends._kubernetes_config import Setup, in_cluster
+from fiberexec.backends._kubernetes_config import Setup, in_cluster, must_have_token
 from fiberexec.backends._kubernetes_jobs import Known, Verdicts
 from fiberexec.backends._kubernetes_make import Maker
 from fiberexec.backends._kubernetes_outpost import Way
@@ -53,12 +53,15 @@ class KubernetesBackend:
 
     def __init__(self, settings: Any, max_workers: int | None = None) -> None:
         self._options = wanted = options.check(settings)
+        must_have_token(wanted.context)
         if not (wanted.image or wanted.template or in_cluster()):
             raise ConfigError(
                 "backend 'kubernetes' needs image=, the name of an image with Python and fiberexec that the cluster can pull; "
                 "only inside a cluster it is that of the driver's own pod"
             )
         self.default_workers = _WORKERS
+        if max_workers is None:
+            _logger.info("backend 'kubernetes': max_workers is %d, since nobody knows what a cluster has", _WORKERS)
         count = float(settings.workers_per_job)  # nobody knows what a node has: a task gets what the user has asked for
         self.largest = Pool(
             self.name,
@@ -312,7 +315,7 @@ class KubernetesBackend:
             return JobEnded(job, Exit(exit.code))
         if exit.infrastructure or exit.code == 0:
             return JobEnded(job, exit)
-        exit = exit._replace(log=self._reader.tail(job) + exit.log)
+        exit, happened = exit._replace(log=self._reader.tail(job) + exit.log), self._reader.story(job)
         if exit.code == UNREACHABLE and not self._way.serves(known.since):
             return JobEnded(job, exit._replace(infrastructure=True))  # no fault of its own: the outpost has gone
         with self._lock:
@@ -321,10 +324,10 @@ class KubernetesBackend:
         if self._verdicts.learn(known.image, known.seconds, exit, reason, others):
             last = "" if reason else quoted(exit.log)
             reason = reason or f"pods of image {known.image!r} end at once. Pod {job} ended with exit code {exit.code}"
-            happened = self._reader.story(job)
             final = f"Kubernetes: {reason}{last}" + (f". Its events:\n{happened}" if happened else "")
             self._verdicts.settle(final)
-        return JobEnded(job, exit._replace(log=f"{exit.log}{reason}\n") if reason else exit, final)
+        told = (f"{reason}\n" if reason else "") + (f"events of pod {job}:\n{happened}\n" if happened else "")
+        return JobEnded(job, exit._replace(log=exit.log + told), final)
 
     # -- what else is asked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,10 @@ from .fake import Fake
 from .inside import Inside
 from .outside import PRELUDE, Driver, Outside
 
-__all__ = ["DEADLINE", "SLEEP", "Place", "apply", "eventually", "get", "kubectl"]
+__all__ = ["DEADLINE", "SLEEP", "SLOT", "Place", "apply", "eventually", "get", "has_slots", "kubectl"]
 
 DEADLINE = 60.0  # seconds, for what takes a few where nothing else runs
+SLOT = "fiberexec.test/slot"  # something that nodes have, and of which the tests' node has so many as a test says
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 
@@ -77,6 +79,22 @@ def place(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
     yield make
     for one in made:
         one.close()
+
+
+def has_slots(count: int) -> None:
+    """The node has so many."""
+    op = {"op": "add", "path": "/status/capacity/" + SLOT.replace("/", "~1"), "value": str(count)}
+    kubectl("patch", "node", cluster.NODE, "--subresource=status", "--type=json", "-p", json.dumps([op]))
+    eventually(lambda: get("node", cluster.NODE)["status"]["allocatable"].get(SLOT) == str(count))
+
+
+@pytest.fixture
+def slots() -> Iterator[None]:
+    services.require_kubernetes()
+    has_slots(2)
+    yield
+    op = {"op": "remove", "path": "/status/capacity/" + SLOT.replace("/", "~1")}
+    kubectl("patch", "node", cluster.NODE, "--subresource=status", "--type=json", "-p", json.dumps([op]))
 
 
 @pytest.fixture

@@ -105,6 +105,15 @@ class Fake:
             for name in [name for name, one in self.secrets.items() if one["metadata"]["ownerReferences"][0]["name"] == pod]:
                 del self.secrets[name]
 
+    def bookmark(self) -> str:
+        """Watches are told how far they are, and nothing else; how far."""
+        with self.changed:
+            self._version += 1
+            version = str(self._version)
+            self._events.append((self._version, "BOOKMARK", {"metadata": {"resourceVersion": version}}))
+            self.changed.notify_all()
+            return version
+
     def compact(self) -> None:
         """What has happened until now can only be listed."""
         with self.changed:
@@ -196,7 +205,7 @@ class Fake:
                     continue
             seen = events[-1][0]
             for _, kind, pod in events:
-                if _fits(pod, query):
+                if kind == "BOOKMARK" or _fits(pod, query):
                     write(_line(kind, pod))
 
 

@@ -22,7 +22,7 @@ class Inside:
         self.space = space
         self._image = image
 
-    def __call__(self, code: str, after: int = 0, name: str = "driver") -> str:
+    def __call__(self, code: str, after: int = 0, name: str = "driver", token: bool = True) -> str:
         """Start one; the name of its pod, which stays for ``after`` seconds when the program has ended."""
         program = HEAD + "".join(f"    {line}\n" for line in code.strip().splitlines())
         meta = {"name": name, "namespace": self.space}
@@ -38,6 +38,7 @@ class Inside:
         spec = {
             "restartPolicy": "Never",
             "serviceAccountName": "driver",
+            "automountServiceAccountToken": token,
             "securityContext": PERSON,
             "containers": [container],
             "volumes": [{"name": "program", "configMap": {"name": name}}],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,9 @@ from services import cluster
 
 from fiberexec import FiberExecutor
 
-from .conftest import apply, eventually, get, kubectl
+from .conftest import SLOT, apply, eventually, get, has_slots, kubectl
 
 pytestmark = pytest.mark.timeout(300)
-SLOT = "fiberexec.test/slot"  # something that nodes have, and of which the tests' node has so many as a test says
-
-
-def has_slots(count: int) -> None:
-    """The node has so many."""
-    op = {"op": "add", "path": "/status/capacity/" + SLOT.replace("/", "~1"), "value": str(count)}
-    kubectl("patch", "node", cluster.NODE, "--subresource=status", "--type=json", "-p", json.dumps([op]))
-    eventually(lambda: get("node", cluster.NODE)["status"]["allocatable"].get(SLOT) == str(count))
-
-
-@pytest.fixture
-def slots() -> Iterator[None]:
-    services.require_kubernetes()
-    has_slots(2)
-    yield
-    op = {"op": "remove", "path": "/status/capacity/" + SLOT.replace("/", "~1")}
-    kubectl("patch", "node", cluster.NODE, "--subresource=status", "--type=json", "-p", json.dumps([op]))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import services
 from services import cluster
 
 from fiberexec import BrokenExecutor, ConfigError, FiberExecutor, LaunchError
-from fiberexec.backends._kubernetes_errors import role
+from fiberexec.backends._kubernetes_errors import OUTSIDE, role
 from fiberexec.backends._kubernetes_errors import stuck as explain
 from fiberexec.backends._kubernetes_pods import Trouble
 from fiberexec.backends.base import Job
@@ -253,7 +253,7 @@ def test_a_missing_right_names_verb_resource_namespace_and_the_role_that_is_enou
     error = refused(one)
     assert error.final and f"{account} may not list pods in namespace {own_space}" in str(error)
     advised = str(error).partition("(kubectl apply -f -):\n")[2]
-    assert advised == role(own_space, account, outside=True)
+    assert advised == role(own_space, account, OUTSIDE)
     kubectl("apply", "-f", "-", stdin=advised)
     with FiberExecutor(1, backend="kubernetes", image=image, backend_options=options) as executor:
         assert executor.submit(pow, 2, 10).result(60) == 1024  # with these rights and no others

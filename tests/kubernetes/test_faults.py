@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -330,3 +331,39 @@ def test_a_container_beside_the_worker_does_not_keep_a_job_alive(fake: Fake, one
     states = [{"name": "proxy", "state": {"running": {}}}, {"name": "worker", "state": {"terminated": {"exitCode": 0}}}]
     fake.say(job, containerStatuses=states)
     assert one.end(job, SOON).code == 0
+
+
+def test_a_watch_that_is_told_how_far_it_is_goes_on_from_there(fake: Fake, one: Place) -> None:
+    """Though all that it has seen itself is so old that it can only be listed."""
+    job = one.start(1, "")
+    watching(fake, 1)
+    version = fake.bookmark()
+    watch: Any = one.backend._watch
+    eventually(lambda: watch._version == version, SOON)
+    lists = fake.count("GET", PODS, watch="")
+    fake.compact()
+    fake.end_watches()
+    watching(fake, 2)
+    fake.end(job, 3)
+    assert one.end(job, SOON).code == 3
+    assert fake.count("GET", PODS, watch="") == lists
+
+
+def test_pods_are_made_side_by_side_but_not_all_at_once(fake: Fake, one: Place) -> None:
+    lock = threading.Lock()
+    now, most = 0, 0
+
+    def takes_its_time(method: str, path: str, query: dict[str, str]) -> None:
+        nonlocal now, most
+        if method == "POST" and path.endswith("/pods"):
+            with lock:
+                now += 1
+                most = max(most, now)
+            time.sleep(0.1)
+            with lock:
+                now -= 1
+
+    fake.before = takes_its_time
+    with ThreadPoolExecutor(30) as pool:
+        jobs = list(pool.map(lambda number: one.start(number, ""), range(30)))
+    assert len(set(jobs)) == 30 and 1 < most <= backend._STARTS

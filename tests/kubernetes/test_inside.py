@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from clusters import namespace
+
+from fiberexec.backends._kubernetes_errors import role
 
 from .conftest import eventually, get, kubectl
 from .inside import Inside
@@ -67,3 +70,31 @@ except Exception as error:
     eventually(lambda: driver.phase(name) == "Succeeded")
     said = driver.said(name)
     assert "kind: RoleBinding" in said and f"name: driver, namespace: {own_space}" in said and "portforward" not in said
+
+
+def test_a_pod_without_a_token_is_told_what_it_lacks_and_runs_nothing_here(own_space: str, driver: Inside) -> None:
+    code = """
+for options in ({}, {"image": "i:1"}):
+    try:
+        FiberExecutor(1, **options).submit(int).result()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    name = driver(code, token=False)
+    eventually(lambda: driver.phase(name) == "Succeeded")
+    first, second = driver.said(name).splitlines()
+    assert first == second and first.startswith("ConfigError this pod has no service account token")
+    assert "fiberexec rbac --namespace NAMESPACE" in first and "automountServiceAccountToken: true" in first
+
+
+def test_pods_in_another_namespace_than_the_programs_belong_to_nobody_and_it_says_so(own_space: str, driver: Inside) -> None:
+    with namespace() as other:
+        user = f"system:serviceaccount:{own_space}:driver"
+        kubectl("apply", "-f", "-", stdin=role(other, user))
+        name = driver(f"""
+with FiberExecutor(1, backend="kubernetes", backend_options={{"namespace": "{other}"}}) as executor:
+    print(executor.submit(pow, 2, 10).result())
+""")
+        eventually(lambda: driver.phase(name) == "Succeeded")
+        said = driver.said(name)
+        assert "1024" in said and f"it is in namespace {own_space}, and they are in {other}" in said
