@@ -206,7 +206,7 @@ def test_who_starts_programs_needs_this_role_and_no_more_and_is_told_it(fx: Runn
     kubectl("apply", "-f", "-", stdin=wanted)
     assert fx("run", "-d", "--name", "mine", "python3", "works.py", code=0).stdout == "mine\n"
     until(lambda: fx("logs", "mine").stdout == "up\n")
-    assert fx("cp", "mine:works.py", "copy.py", code=0) and (tmp_path / "copy.py").read_text() == WORKS
+    assert fx("cp", "mine:works.py", "there.txt", code=0) and (tmp_path / "there.txt").read_text() == WORKS
     fx("kill", "mine", code=0)
     until(lambda: not left(namespace).replace("me-token", ""))
 
