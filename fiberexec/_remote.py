@@ -61,6 +61,11 @@ class RemoteBackend:
         self.host = jobs.name
         self.largest = jobs.largest
         self.default_workers = jobs.default_workers
+        if settings.max_workers is None:
+            import logging
+
+            said = "backend %r: at most %d workers, since max_workers is not given"
+            logging.getLogger("fiberexec").info(said, self.name, self.default_workers)
         self.idle_timeout = jobs.idle_timeout
         if settings.ship:
             _bundle.check_ship(settings.ship)

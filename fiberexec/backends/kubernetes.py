@@ -60,8 +60,6 @@ class KubernetesBackend:
                 "only inside a cluster it is that of the driver's own pod"
             )
         self.default_workers = _WORKERS
-        if max_workers is None:
-            _logger.info("backend 'kubernetes': max_workers is %d, since nobody knows what a cluster has", _WORKERS)
         count = float(settings.workers_per_job)  # nobody knows what a node has: a task gets what the user has asked for
         self.largest = Pool(
             self.name,

@@ -326,3 +326,12 @@ def test_nobody_sees_the_secrets_of_an_agent(make: Any, jobs: Any) -> None:
     secret = jobs.started[0]["key"].split("\n")[1]
     for process in [jobs.agents()[0], worker]:
         assert secret not in " ".join(process.cmdline()) + " ".join(process.environ().values())
+
+
+@pytest.mark.parametrize(("given", "said"), [({}, True), ({"max_workers": 2}, False)])
+def test_how_many_workers_there_may_be_is_said_where_nobody_has_said_it(
+    given: dict[str, int], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "fiberexec"), FiberExecutor(backend="agents", **given):
+        pass
+    assert ("at most" in caplog.text) == said
