@@ -65,9 +65,12 @@ class Watch:
 
     def wait(self, seconds: float) -> None:
         """Return when pods are being watched. Raises ApiError and Setup where that cannot be."""
-        if not self._ready.wait(seconds) or self._error is not None:
-            silent = ApiError(0, "", f"it has not listed pods within {seconds:g} s", self._api.server().url)
-            raise self._error or self._said or silent
+        came = self._ready.wait(seconds)
+        error = self._error  # once: the thread may take it back at any moment
+        if error is not None:
+            raise error
+        if not came:
+            raise self._said or ApiError(0, "", f"it has not listed pods within {seconds:g} s", self._api.server().url)
 
     def subscribe(self, into: queue.SimpleQueue[Any]) -> None:
         with self._lock:

@@ -367,3 +367,19 @@ def test_pods_are_made_side_by_side_but_not_all_at_once(fake: Fake, one: Place) 
     with ThreadPoolExecutor(30) as pool:
         jobs = list(pool.map(lambda number: one.start(number, ""), range(30)))
     assert len(set(jobs)) == 30 and 1 < most <= backend._STARTS
+
+
+def test_an_error_that_is_taken_back_while_it_is_told_is_the_one_that_is_told(fake: Fake) -> None:
+    refusals = iter([api.ApiError(401, "Unauthorized", "who are you", "")])
+
+    class Watch(watches.Watch):
+        _error = property(lambda self: next(refusals, None), lambda self, value: None)  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            self._ready = threading.Event()
+            self._ready.set()
+            self._said, self._api = None, api.Api(None)
+
+    with pytest.raises(api.ApiError, match="who are you"):
+        Watch().wait(1.0)
+    Watch().wait(1.0)  # it is watched now
