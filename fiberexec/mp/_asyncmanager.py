@@ -128,6 +128,11 @@ class AsyncBaseProxy(BaseProxy):
         entered = super().__enter__()  # type: ignore[misc]
         return entered.result() if isinstance(entered, Future) else entered
 
+    def __exit__(self, *exc_info: object) -> None:  # a future is true: to return it would swallow what the block raised
+        left = super().__exit__(*exc_info)  # type: ignore[misc]
+        if isinstance(left, Future):
+            left.result()
+
     @classmethod
     def _auto(cls) -> Callable[..., Any]:
         return AsyncAutoProxy

@@ -13,6 +13,7 @@ import itertools
 import multiprocessing.managers
 import os
 import pickle
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -78,7 +79,7 @@ class Server(multiprocessing.managers.Server):
         """Answer the calls of one connection. What would end the thread is an answer too, when a method raises it."""
         while True:
             try:
-                return super().serve_client(conn)
+                super().serve_client(conn)
             except BaseException as error:
                 if _is_end(conn, error):
                     raise
@@ -86,6 +87,8 @@ class Server(multiprocessing.managers.Server):
                     conn.send(("#TRACEBACK", traceback.format_exc()))
                 except OSError:
                     return
+            else:  # the server ends; a return would be sent as a reply, which the next call took for its own
+                sys.exit()
 
     def accepter(self) -> None:
         """Let each connection have a thread, as the standard's; not for ever when there is nothing more to come."""

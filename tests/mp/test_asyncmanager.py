@@ -67,6 +67,19 @@ def test_operators_wait(counters: Any) -> None:
         pass
 
 
+def test_what_a_block_raises_comes_out_of_it(counters: Any) -> None:
+    for make in [counters.Lock, counters.RLock, counters.Semaphore, counters.Condition]:
+        with pytest.raises(LookupError, match="in the block"), make():
+            raise LookupError("in the block")
+
+
+def test_a_lock_is_free_when_its_block_has_been_left(counters: Any) -> None:
+    lock = counters.Lock()
+    with lock:
+        pass
+    assert pickle.loads(pickle.dumps(lock)).acquire(False).result(LIMIT) is True
+
+
 def test_a_condition_waits_for_its_predicate(counters: Any) -> None:
     condition, answers = counters.Condition(), iter([False, False, True])
     with condition:
@@ -117,6 +130,15 @@ def test_calls_that_wait_and_calls_that_follow_hear_that_the_manager_was_killed(
     with pytest.raises(ManagerLost):
         manager.Counter()
     manager.shutdown()
+
+
+def test_a_server_that_ends_replies_to_no_call_it_has_not_taken(nothing_left_behind: None) -> None:
+    manager = start(AsyncCounters())
+    counter = manager.Counter()
+    calls = [counter.end(), counter.add(1)]
+    assert isinstance(calls[1].exception(LIMIT), ManagerLost)
+    manager.shutdown()
+    manager.join()
 
 
 def test_a_manager_starts_when_it_is_first_used() -> None:

@@ -53,6 +53,15 @@ def test_every_use_of_a_manager_that_has_gone_says_so() -> None:
     manager.shutdown()
 
 
+def test_a_call_that_a_server_which_ends_does_not_take_has_no_reply() -> None:
+    manager = start(Counters())
+    counter = manager.Counter()
+    counter.end()
+    with pytest.raises(ManagerLost):
+        counter.add(1)
+    manager.shutdown()
+
+
 class Ends:
     def __init__(self, reason: type[BaseException] | None = None) -> None:
         if reason is not None:
