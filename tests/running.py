@@ -121,8 +121,9 @@ class Running:
         """Wait until it has written something to stdout, or to its terminal."""
         assert self.process.stdout is not None
         end = time.monotonic() + DEADLINE
+        fds = [self.process.stdout.fileno(), *([self._terminal] if self._terminal >= 0 else [])]
         while not re.search(pattern, self.err if error else self.out):
-            fds = [self.process.stdout.fileno(), *([self._terminal] if self._terminal >= 0 else [])]
+            assert fds, f"{pattern!r} never came:\n{self.out}\n{self.err}"
             ready, _, _ = select.select(fds, [], [], max(0.0, end - time.monotonic()))
             assert ready, f"{pattern!r} has not come:\n{self.out}\n{self.err}"
             for fd in ready:
@@ -130,8 +131,9 @@ class Running:
                     data = os.read(fd, 65536).decode()
                 except OSError:  # a terminal that nobody has any more
                     data = ""
-                assert data, f"{pattern!r} never came:\n{self.out}\n{self.err}"
-                if fd == self._terminal:
+                if not data:
+                    fds.remove(fd)
+                elif fd == self._terminal:
                     self.err += data
                 else:
                     self.out += data

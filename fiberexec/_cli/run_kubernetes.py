@@ -190,7 +190,7 @@ class KubernetesPlace:
                 if over and pod is not None and isinstance(refusal, ApiError) and refusal.status in (400, 404):
                     return run_job.fate(name, pod, f"what else it wrote has gone with its container ({refusal})")
                 away = away or time.monotonic()
-                passes = isinstance(refusal, ApiError) and refusal.passing
+                passes = isinstance(refusal, ApiError) and (refusal.passing or refusal.status == 404)  # its pod has gone
                 if not passes or time.monotonic() > away + _AWAY:
                     raise self._failed(error, f"reading the log of {name}") from error
                 over = False

@@ -1,11 +1,12 @@
-"""AsyncManager: a manager whose objects work at once, since every method of a proxy returns a Future.
+"""A manager whose objects work at once, since every method of a proxy returns a Future.
 
-    caller ── request ──► connection of the proxy ──► its thread in the manager's process
+    caller ── request ──► its line of the proxy ──► a thread in the manager's process
       ▲ Future                     │                        one call after the other
       └──────── reader thread ◄────┴── replies, in that order
 
-Each proxy has a connection of its own: the calls of one proxy run in the order in which they were made, those of different
-proxies at once (and those of different managers on different CPUs). Arguments are pickled before the method returns.
+Each thread has a connection of its own for each proxy that it uses: its calls of one proxy run in the order in which it made
+them; those of different threads or proxies at once (and those of different managers on different CPUs). So the thread in the
+manager's process stands for the one that calls, and may own a lock. Arguments are pickled before the method returns.
 """
 
 from __future__ import annotations
@@ -23,115 +24,133 @@ from multiprocessing.process import current_process
 from typing import Any
 
 from fiberexec._serialize import PicklingError
-from fiberexec.mp._proxies import AutoProxy, BaseProxy, lost, own_error, reaching, standard
+from fiberexec.mp._proxies import AutoProxy, BaseProxy, has_read, lost, own_error, reaching, standard
 from fiberexec.mp.managers import BaseManager, register_standard
 
 __all__ = ["AsyncBaseProxy", "AsyncManager"]
 
 
 class Line:
-    """The connection of a proxy, the calls that wait for their replies, and a thread that reads those."""
+    """A connection of a proxy, the calls that wait for their replies, and a thread that reads those."""
 
     def __init__(self, conn: Any, address: Any) -> None:
         self._conn = conn
         self._address = address
+        self._pid = os.getpid()
         self._lock = threading.Lock()  # requests go out in the order of their futures; none after the end
-        self._waiting: collections.deque[tuple[Future[Any], AsyncBaseProxy]] = collections.deque()
+        self._waiting: collections.deque[tuple[Future[Any], AsyncBaseProxy, Hold]] = collections.deque()
         self._error: Exception | None = None
-        threading.Thread(target=self._read, name="fiberexec-async", daemon=True).start()
+        Reader(target=self._read, name="fiberexec-async", daemon=True).start()
 
-    def call(self, proxy: AsyncBaseProxy, request: Any) -> Future[Any]:
-        """Send the request of a proxy, which is kept until the reply has come. What fails is in the future."""
+    @property
+    def usable(self) -> bool:
+        """Whether calls may take it: not after its end, nor in a child of the process that opened it."""
+        return self._error is None and self._pid == os.getpid()
+
+    def call(self, proxy: AsyncBaseProxy, hold: Hold, request: Any) -> Future[Any]:
+        """Send a request of a proxy. Both are kept until the reply has come. What fails is in the future."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
             if self._error is not None:
                 future.set_exception(self._error)
                 return future
-            self._waiting.append((future, proxy))
+            self._waiting.append((future, proxy, hold))
             try:
                 self._conn.send(request)
-            except OSError:
-                pass  # the manager has gone, and the reader hears it too
-            except PicklingError as error:  # nothing has been sent
+            except OSError as error:
+                self._give_up(lost(self._address, error))
+            except Exception as error:  # nothing has been sent
                 self._waiting.pop()
-                future.set_exception(own_error(error))
+                future.set_exception(own_error(error) if isinstance(error, PicklingError) else error)
+            except BaseException:  # half of the request may be on its way, and what follows would be taken for the rest
+                self._give_up(ConnectionAbortedError("a later call of this proxy was interrupted, and its connection closed"))
+                raise
         return future
 
     def _read(self) -> None:
         while True:
             try:
                 reply = self._conn.recv()
-            except (EOFError, OSError) as error:
-                return self._end(error)
-            except Exception as error:  # unpickling; the reply has been read whole
+            except BaseException as error:
+                if isinstance(error, (EOFError, OSError)) and not has_read(self._conn):
+                    return self._end(error)
                 reply = "#ERROR", error
-            future, proxy = self._waiting.popleft()
+            future, proxy, hold = self._waiting.popleft()
             try:
                 future.set_result(proxy._outcome(*reply))
-            except Exception as error:
+            except BaseException as error:
                 future.set_exception(error)
-            del future, proxy, reply  # this thread keeps nothing alive while it waits
+            del future, proxy, hold, reply  # this thread keeps nothing alive while it waits
 
     def _end(self, error: Exception) -> None:
         with self._lock:
-            self._error = lost(self._address, error)
+            self._error = self._error or lost(self._address, error)
             self._conn.close()
-        for future, _ in self._waiting:
+        for future, *_ in self._waiting:
             future.set_exception(self._error)
         self._waiting.clear()
 
     def close(self) -> None:
         """Let the reader end; no call is waiting."""
-        with self._lock, contextlib.suppress(OSError):
-            if self._conn.by_hub:
+        if self.usable:
+            with self._lock:
+                self._give_up(EOFError())
+
+    def _give_up(self, error: Exception) -> None:
+        """Let the reader end, and those who wait hear why."""
+        self._error = self._error or error
+        with contextlib.suppress(OSError):
+            if getattr(self._conn, "by_hub", False):
                 self._conn.close()
-            elif not self._conn.closed:
+            else:
                 with socket.fromfd(self._conn.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
+
+
+class Reader(threading.Thread):
+    """Reads the replies of a line, and runs the callbacks of their futures."""
+
+
+class Hold:
+    """That a thread may call by a line, which ends with it."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        weakref.finalize(self, line.close).atexit = False
 
 
 class AsyncBaseProxy(BaseProxy):
     """Base class of an AsyncManager's proxies: methods return a Future; operators (``p[0]``, ``len(p)``) wait."""
 
-    _line: Line | None = None
-
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._opening = threading.Lock()
+        self._lines = threading.local()  # hold: of the line of this thread
+        self._callbacks = types.SimpleNamespace()  # the same for all readers: each callback may lead to the next one
+        self._opening = threading.Lock()  # guards it
         super().__init__(*args, **options)
 
     def _callmethod(self, methodname: str, args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:
         """Call a method of the object: a Future of what BaseProxy's method returns or raises."""
+        waits, reader = methodname.startswith(("__", "#")), isinstance(threading.current_thread(), Reader)
+        if waits and reader:  # who waited for a line would wait for a reader, perhaps itself
+            return super()._callmethod(methodname, args, kwds)
         try:
-            future = self._open().call(self, (self._token.id, methodname, args, kwds))
+            with self._opening if reader else contextlib.nullcontext():
+                hold = self._hold(self._callbacks if reader else self._lines)
+            future = hold.line.call(self, hold, (self._token.id, methodname, args, kwds))
         except Exception as error:
             future = Future()
             future.set_exception(error)
-        return future.result() if methodname.startswith(("__", "#")) else future
+        return future.result() if waits else future
 
-    def _open(self) -> Line:
-        with self._opening:
-            if self._line is None:
-                with reaching(self._token.address):
-                    conn = self._Client(self._token.address, authkey=self._authkey)
-                    standard.dispatch(conn, None, "accept_connection", (current_process().name,))
-                self._line = Line(conn, self._token.address)
-                weakref.finalize(self, self._line.close).atexit = False
-            return self._line
-
-    def _after_fork(self) -> None:
-        if self._holder != os.getpid():
-            self._line, self._opening = None, threading.Lock()
-        super()._after_fork()
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()  # type: ignore[misc]
-        return entered.result() if isinstance(entered, Future) else entered
-
-    def __exit__(self, *exc_info: object) -> None:  # a future is true: to return it would swallow what the block raised
-        left = super().__exit__(*exc_info)  # type: ignore[misc]
-        if isinstance(left, Future):
-            left.result()
+    def _hold(self, lines: Any) -> Hold:
+        hold: Hold | None = getattr(lines, "hold", None)
+        if hold is None or not hold.line.usable:
+            with reaching(self._token.address):
+                conn = self._Client(self._token.address, authkey=self._authkey)
+                standard.dispatch(conn, None, "accept_connection", (current_process().name,))
+            hold = lines.hold = Hold(Line(conn, self._token.address))
+        return hold
 
     @classmethod
     def _auto(cls) -> Callable[..., Any]:
@@ -143,12 +162,29 @@ def AsyncAutoProxy(*args: Any, **options: Any) -> Any:
     return AutoProxy(*args, base=AsyncBaseProxy, **options)
 
 
-class AsyncConditionProxy(AsyncBaseProxy, standard.ConditionProxy):  # type: ignore[misc]
+class AsyncAcquirerProxy(AsyncBaseProxy, standard.AcquirerProxy):  # type: ignore[misc]
+    """Proxy of a lock. A ``with`` block waits for it, and until it is free again."""
+
+    def __enter__(self) -> Any:
+        return self.acquire().result()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release().result()
+
+
+class AsyncConditionProxy(AsyncAcquirerProxy, standard.ConditionProxy):  # type: ignore[misc]
     """Proxy of a condition. ``wait_for`` waits: its predicate is called here."""
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
         waiting = types.SimpleNamespace(wait=lambda timeout: self.wait(timeout).result())
         return standard.ConditionProxy.wait_for(waiting, predicate, timeout)
+
+
+class AsyncPoolProxy(AsyncBaseProxy, standard.PoolProxy):  # type: ignore[misc]
+    """Proxy of a pool. Leaving its ``with`` block waits until it has been terminated."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.terminate().result()
 
 
 class AsyncListProxy(AsyncBaseProxy, standard.ListProxy):  # type: ignore[misc]
@@ -180,9 +216,15 @@ class AsyncManager(BaseManager):
 
     _auto = staticmethod(AsyncAutoProxy)
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """The arguments are BaseManager's."""
+        super().__init__(*args, **options)
+        self._starting = threading.Lock()
+
     def _create(self, typeid: str, /, *args: Any, **kwds: Any) -> Any:
-        if self._state.value == standard.State.INITIAL:
-            self.start()
+        with self._starting:
+            if self._state.value == standard.State.INITIAL:
+                self.start()
         return super()._create(typeid, *args, **kwds)
 
 

@@ -74,9 +74,11 @@ class HubConnection(Connection):
 
     def recv(self) -> Any:
         """Wait for an object. Raises ``EOFError`` when the other end has gone."""
+        self.whole = False
         self._check_closed()
         self._check_readable()
         message, tickets = self._recv_message()
+        self.whole = True
         try:
             return loads(message)
         finally:

@@ -48,6 +48,7 @@ class Message(io.RawIOBase):
     def __init__(self, fd: int, size: int) -> None:
         self._fd = fd
         self._left = size
+        self.lost = False  # whether the rest will never come
 
     def readable(self) -> bool:
         return True
@@ -59,9 +60,10 @@ class Message(io.RawIOBase):
             got = os.readv(self._fd, [memoryview(buffer)[: self._left]])
         except ConnectionResetError:
             got = 0
-        self._left = self._left - got if got else 0
         if not got:
+            self._left, self.lost = 0, True
             raise lost()
+        self._left -= got
         return got
 
     def skip(self) -> None:

@@ -55,6 +55,21 @@ def lost(address: Any, error: Exception) -> ManagerLost:
     return ManagerLost(f"the manager at {address!r} is gone with all that it held: {why}; start another one")
 
 
+def received(conn: Any, address: Any) -> Any:
+    """The reply that a manager's process sends; what unpickling it raises is no matter of the connection."""
+    try:
+        return conn.recv()
+    except (EOFError, OSError) as error:
+        if has_read(conn):
+            raise
+        raise lost(address, error) from error
+
+
+def has_read(conn: Any) -> bool:
+    """Whether the last reply was read to its end, so that the next one can be."""
+    return getattr(conn, "whole", False)  # a connection of xmlrpclib's does not tell
+
+
 def own_error(error: PicklingError) -> BaseException:
     """As multiprocessing has it: if pickling failed since an argument's own code raised something, that."""
     cause = error.__cause__
@@ -157,10 +172,6 @@ class BaseProxy(multiprocessing.managers.BaseProxy):
             super()._incref()  # type: ignore[misc]
         self._holder = os.getpid()
 
-    def _after_fork(self) -> None:
-        if self._holder != os.getpid():
-            super()._after_fork()  # type: ignore[misc]
-
     def _callmethod(self, methodname: str, args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:
         """Call a method of the object; return a copy of its result."""
         return self._outcome(*self._reply((self._token.id, methodname, args, kwds)))  # no frame keeps an exception
@@ -171,12 +182,13 @@ class BaseProxy(multiprocessing.managers.BaseProxy):
             with reaching(self._token.address):
                 if not hasattr(self._tls, "connection"):
                     self._connect()  # type: ignore[attr-defined]
+                self._tls.connection.whole = False
                 self._tls.connection.send(request)
-                return self._tls.connection.recv()
+            return received(self._tls.connection, self._token.address)
         except PicklingError as error:  # nothing has been sent
             raise (reason := own_error(error)) from reason.__cause__
         except BaseException:  # a reply that is still to come must not be taken for the next call's
-            if hasattr(self._tls, "connection"):
+            if hasattr(self._tls, "connection") and not has_read(self._tls.connection):
                 self._tls.connection.close()
                 del self._tls.connection
             raise

@@ -61,6 +61,7 @@ class Connection(_standard.Connection):
 
     _handle: int
     by_hub = False  # a pipe that passes through the hub
+    whole = False  # whether the last recv() has read its message to the end: what it raised comes from unpickling that
     _local: bool | None = None  # whether descriptors can go with a message; None: not known yet
     if TYPE_CHECKING:  # what the base class has
 
@@ -86,6 +87,7 @@ class Connection(_standard.Connection):
 
     def recv(self) -> Any:
         """Wait for an object. Raises ``EOFError`` when the other end has gone."""
+        self.whole = False
         self._check_closed()
         self._check_readable()
         size = self._recv_size()
@@ -95,12 +97,15 @@ class Connection(_standard.Connection):
 
     def _recv_object(self, size: int) -> Any:
         if size < LARGE:
-            return loads(self._recv_exactly(size))
+            data = self._recv_exactly(size)
+            self.whole = True
+            return loads(data)
         message = Message(self._handle, size)
         try:
             return pickle.Unpickler(io.BufferedReader(message, LARGE)).load()
         finally:
             message.skip()
+            self.whole = not message.lost
 
     def _recv_with_descriptors(self) -> Any:
         outer = getattr(_arrived, "descriptors", None)

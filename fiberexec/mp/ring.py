@@ -197,14 +197,15 @@ class _Hearing:
     def _hear(self, rank: int) -> None:
         """A member has said something, or has ended."""
         control, process = self._controls[rank], self._processes[rank]
+        control.whole = False
         try:
             if not control.poll():
                 raise EOFError
             kind, value = control.recv()
-        except (EOFError, OSError):
-            process.join(_STOP)
-            self._failures[rank] = RingBroken(f"member {rank} of {len(self._processes)} {_reason(process)}")
         except Exception as error:
+            if isinstance(error, (EOFError, OSError)) and not control.whole:
+                process.join(_STOP)
+                error = RingBroken(f"member {rank} of {len(self._processes)} {_reason(process)}")
             self._failures[rank] = error
         else:
             if kind == "address":

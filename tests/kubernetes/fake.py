@@ -185,12 +185,15 @@ class Fake:
         more = str(start + limit) if start + limit < len(names) else ""
         return 200, {}, {"metadata": {"resourceVersion": str(self._version), "continue": more}, "items": page}
 
-    def watch(self, query: dict[str, str], write: Callable[[bytes], None]) -> None:
+    def epoch(self) -> int:
+        """What a watch that begins now belongs to: end_watches() ends it."""
+        with self.changed:
+            return self._epoch
+
+    def watch(self, epoch: int, query: dict[str, str], write: Callable[[bytes], None]) -> None:
         """Write events until the watch's end."""
         seen = int(query["resourceVersion"])
         end = time.monotonic() + float(query["timeoutSeconds"])
-        with self.changed:
-            epoch = self._epoch
         while True:
             with self.changed:
                 if seen < self._oldest:
@@ -285,11 +288,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _watch(self, query: dict[str, str]) -> None:
+        epoch = self.server.fake.epoch()  # from when its reader knows of it
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.server.fake.watch(query, self._chunk)
+        self.server.fake.watch(epoch, query, self._chunk)
         self.wfile.write(b"0\r\n\r\n")
 
     def _chunk(self, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -107,11 +108,16 @@ class Driver:
 
     def link(self) -> int:
         """The process with the link to the outpost."""
-        return next(pid for pid in self.processes() if "_kubernetes_link" in Path(f"/proc/{pid}/cmdline").read_text())
+        for pid in self.processes():
+            with contextlib.suppress(OSError):  # it has ended
+                if "_kubernetes_link" in Path(f"/proc/{pid}/cmdline").read_text():
+                    return pid
+        raise AssertionError("there is no link")
 
     def close(self) -> None:
         for pid in self.processes() if self.process.poll() is None else ():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
         for thread in self._threads:

@@ -64,5 +64,9 @@ def test_nothing_is_left_of_a_driver_inside_the_cluster(driver: Inside, rng: ran
             dies = f"threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGKILL)).start()"
             code = WORK.replace("AT_WORK", dies if at_work else "pass")
             driver(code if at_work else f"{dies}\n{code}", after=600, name=name)
-        eventually(lambda names=names: all("Killed" in driver.said(name) for name in names), 120)  # type: ignore[misc]
+
+        def died(names: list[str] = names) -> bool:
+            return all(driver.phase(name) != "Pending" and "Killed" in driver.said(name) for name in names)
+
+        eventually(died, 120)
         eventually(lambda: remains(driver.space) == [], TIMEOUT + COLLECTED)

@@ -83,7 +83,7 @@ def test_a_quota_is_used_as_far_as_it_goes(
 
 def test_workers_that_are_not_needed_any_more_are_given_back(settings: dict[str, Any], own_space: str, where: Any) -> None:
     with FiberExecutor(3, min_workers=1, idle_timeout=1, **settings) as executor:
-        assert len({host for host, _ in executor.map(where, [1.0] * 9, chunksize=1)}) == 3
+        assert len({host for host, _ in executor.map(where, [1.0] * 27, chunksize=1)}) == 3
         eventually(lambda: len(get("-n", own_space, "pods", "-l", "fiberexec.job")["items"]) == 1)
         assert executor.stats().workers == 1
 
@@ -97,7 +97,7 @@ def test_the_grace_period_is_used_to_finish_what_runs_and_nobody_is_charged(
         apply({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": meta, "value": 1000})
     with FiberExecutor(1, max_worker_losses=1, **with_slot(settings)) as executor:
         host, _ = executor.submit(where, 0).result(100)
-        running = executor.submit(where, 6.0)
+        running = executor.submit(where, 12.0 if how == "preempted" else 6.0)
         others = [executor.submit(where, 0.1) for _ in range(10)]
         eventually(running.running)
         if how == "deleted":

@@ -121,7 +121,7 @@ def test_a_full_cluster_is_waited_for_and_said(place: Make, caplog: pytest.LogCa
 
 
 def test_a_full_cluster_is_an_error_when_startup_timeout_is_spent(place: Make) -> None:
-    one = place(cpu=5000, startup_timeout=5)
+    one = place(cpu=5000, startup_timeout=15)
     exit = one.end(one.start(1, SLEEP))
     assert exit.reason == "Unschedulable" and "Insufficient cpu" in exit.log
     error = refused(one, 2)  # no other waits as long

@@ -23,7 +23,7 @@ def test_its_workers_are_pods_of_its_own_image_that_belong_to_it(own_space: str,
     name = driver("""
 with FiberExecutor(2, backend="kubernetes") as executor:
     print(executor.submit(platform.node).result(), flush=True)
-    executor.submit(time.sleep, 4).result()
+    executor.submit(time.sleep, 15).result()
     print(sum(executor.map(abs, range(1000))), flush=True)
 """)
     eventually(lambda: driver.phase(name) != "Pending" and "fx-" in driver.said(name))

@@ -41,7 +41,7 @@ def test_an_executor_has_its_workers_in_pods(place: Make, space: str) -> None:
         names = [one["metadata"]["name"] for one in found if not one["metadata"].get("deletionTimestamp")]
         return [name for name in names if "outpost" not in name]
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while left() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left() == []
@@ -190,7 +190,7 @@ def test_jobs_are_listed_with_what_is_known_of_them(place: Make) -> None:
 
 def test_logs_are_followed_until_the_job_ends(place: Make) -> None:
     one = place()
-    job = one.start(1, "import time; print('ä', flush=True); time.sleep(1); print('b\\nc'); print('d', end='')")
+    job = one.start(1, "import time; print('ä', flush=True); time.sleep(8); print('b\\nc'); print('d', end='')")
     one.runs(job)
     assert list(one.backend.logs(job, follow=True)) == ["ä", "b", "c", "d"]
     with pytest.raises(FiberError, match="there is no job 'no-such'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -125,7 +126,8 @@ with FiberExecutor(2, driver_timeout=10) as pool:
         driver.says(0)
     alone.process.kill()
     for pid in whole.processes():
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has heard that another has gone
+            os.kill(pid, signal.SIGKILL)
     network.link("drop", laptop.host)  # it is closed: nothing of it is heard any more
     os.kill(laptop.process.pid, signal.SIGSTOP)
     # The outpost waits for driver_timeout and 10 s; its Job stays for 10 s; then the cluster collects what it owned.

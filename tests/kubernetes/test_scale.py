@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -93,7 +93,9 @@ def test_a_server_that_does_not_answer_costs_a_running_program_nothing(
     image = services.cluster_image(services.worker_image())
     with FiberExecutor(2, backend="kubernetes", image=image, backend_options=options) as executor:
         assert list(executor.map(abs, range(10), chunksize=1)) == list(range(10))
-        list(executor.map(time.sleep, [1.0] * 4, chunksize=1))  # both workers are there
+        both = [executor.submit(time.sleep, 1.0) for _ in range(4)]
+        eventually(lambda: executor.stats().started == 2)
+        wait(both)
         server = int((cluster.HERE / "kube-apiserver.pid").read_text().split()[0])
         os.kill(server, signal.SIGSTOP)
         try:

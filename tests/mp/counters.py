@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from multiprocessing.managers import AcquirerProxy
 from multiprocessing.process import current_process
 from typing import Any
 
 from fiberexec.mp.managers import AsyncManager, BaseManager
+
+
+def _fail(kind: type[BaseException], padding: bytes) -> None:
+    raise kind("of unpickling")
+
+
+class Broken:
+    """What raises an exception when it is unpickled."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _fail, self.args
 
 
 class Counter:
@@ -19,6 +35,12 @@ class Counter:
 
     def fail(self) -> None:
         raise ConnectionResetError("not the manager's")
+
+    def broken(self, kind: type[BaseException], padding: int) -> Broken:
+        return Broken(kind, bytes(padding))
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def wait(self) -> None:
         threading.Event().wait()
@@ -39,6 +61,7 @@ class AsyncCounters(AsyncManager):
 
 
 Counters.register("Counter", Counter)
+Counters.register("RLock", threading.RLock, AcquirerProxy)
 AsyncCounters.register("Counter", Counter)
 AsyncCounters.register("Event", threading.Event)
 

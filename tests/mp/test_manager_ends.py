@@ -25,7 +25,7 @@ from fiberexec.mp.managers import (
 from fiberexec.mp.shared_memory import SharedMemory
 
 from .counters import Counters, kill, start
-from .helpers import LIMIT
+from .helpers import LIMIT, in_thread
 
 # A manager goes.
 
@@ -106,6 +106,21 @@ def test_what_a_method_raises_is_its_own() -> None:
     with Counters() as manager, pytest.raises(ConnectionResetError, match="not the manager's") as caught:
         manager.Counter().fail()  # type: ignore[attr-defined]
     assert not isinstance(caught.value, ManagerLost)
+
+
+@pytest.mark.parametrize("padding", [0, 1 << 20])
+@pytest.mark.parametrize("kind", [OSError, EOFError, ValueError, SystemExit])
+def test_what_unpickling_a_result_raises_is_its_own_and_costs_no_connection(kind: type[BaseException], padding: int) -> None:
+    with Counters() as manager:
+        counter, lock = manager.Counter(), manager.RLock()  # type: ignore[attr-defined]
+        with lock:  # it belongs to who speaks by this connection
+            with pytest.raises(kind, match="of unpickling") as caught:
+                counter.broken(kind, padding)
+            assert not isinstance(caught.value, ManagerLost)
+            assert counter.add(1) == 1
+            refused: list[bool] = []
+            in_thread(lambda: refused.append(lock.acquire(False))).join()
+            assert refused == [False]
 
 
 def test_a_manager_whose_initializer_fails_says_so(capfd: pytest.CaptureFixture[str]) -> None:

@@ -233,7 +233,8 @@ def test_imap_takes_no_more_from_an_endless_iterable_than_the_workers_need(pool:
     most = 65536 if size == 1 else 64
     with pytest.raises(multiprocessing.TimeoutError):
         results.next(0.5)
-    assert 8 <= taken <= most + 1
+    eventually(lambda: taken >= 8)
+    assert taken <= most + 1
     log.write("go")
     assert [results.next(LIMIT) for _ in range(100)] == [size] * 100
 

@@ -15,6 +15,7 @@ import fiberexec
 from fiberexec import mp
 from fiberexec.mp.ring import RingBroken, RingMember, current_ring
 
+from .counters import Broken
 from .helpers import deserted, stay
 
 np = pytest.importorskip("numpy")
@@ -120,6 +121,12 @@ def test_what_a_member_raises_ends_the_ring_and_not_what_its_neighbours_make_of_
 
     with pytest.raises(LookupError, match="the reason"):
         mp.Ring(3, work).run()
+
+
+def test_a_result_that_cannot_be_unpickled_is_its_own_error() -> None:
+    with pytest.raises(OSError, match="of unpickling") as caught:
+        mp.Ring(2, lambda rank, size: Broken(OSError, b"")).run()
+    assert not isinstance(caught.value, RingBroken)
 
 
 def test_a_member_that_would_wait_for_ever_is_ended() -> None:

@@ -200,7 +200,7 @@ class Interrupt(Exception):
 
 @pytest.fixture
 def interrupted(request: pytest.FixtureRequest) -> Any:
-    """Calls a function that blocks, and interrupts it once ``when()`` is true."""
+    """Calls a function that blocks, and interrupts it some time after ``when()`` has become true."""
 
     def handler(number: int, frame: object) -> None:
         raise Interrupt
@@ -208,14 +208,16 @@ def interrupted(request: pytest.FixtureRequest) -> Any:
     before = signal.signal(signal.SIGUSR1, handler)
 
     def call(function: Callable[[], object], when: Callable[[], object]) -> None:
-        main = threading.get_ident()
+        main, begun = threading.get_ident(), threading.Event()
 
         def interrupt() -> None:
+            begun.wait(LIMIT)
             eventually(when)
             signal.pthread_kill(main, signal.SIGUSR1)
 
         helper = in_thread(interrupt)
         with pytest.raises(Interrupt):
+            begun.set()
             function()
         helper.join()
 
@@ -226,10 +228,9 @@ def interrupted(request: pytest.FixtureRequest) -> Any:
 def test_an_interrupted_wait_takes_nothing(interrupted: Any) -> None:
     lock, queue, event = mp.Lock(), mp.Queue(), mp.Event()
     lock.acquire()
-    pause = time.monotonic() + SHORT
-    interrupted(lock.acquire, lambda: time.monotonic() > pause)
-    interrupted(queue.get, lambda: time.monotonic() > pause + SHORT)
-    interrupted(event.wait, lambda: time.monotonic() > pause + 2 * SHORT)
+    for function in [lock.acquire, queue.get, event.wait]:
+        pause = time.monotonic() + SHORT
+        interrupted(function, lambda pause=pause: time.monotonic() > pause)
     lock.release()
     assert lock.acquire(False)
     queue.put(1)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import alive
 from tenacity import Retrying, stop_after_attempt
 
 import fiberexec
@@ -39,7 +40,7 @@ def test_many_agents_join_work_and_leave(make: Any, jobs: Any, until: Any) -> No
     assert len(agents) == count
     assert sum(executor.map(int, range(tasks), chunksize=1)) == tasks * (tasks - 1) // 2
     executor.shutdown()
-    until(lambda: not any(agent.is_running() and agent.status() != "zombie" for agent in agents))
+    until(lambda: not any(alive(agent.pid) for agent in agents))
 
 
 def test_an_agent_is_small_and_does_nothing_when_there_is_nothing_to_do(make: Any, jobs: Any, hub: Any) -> None:
@@ -48,10 +49,11 @@ def test_an_agent_is_small_and_does_nothing_when_there_is_nothing_to_do(make: An
     agents = jobs.agents()
     assert agents and all(agent.memory_info().rss <= 40 * MIB for agent in agents), [a.memory_info().rss / MIB for a in agents]
     watched = [*agents, hub()]
+    time.sleep(1)  # what the tasks left to do
     before = [sum(process.cpu_times()[:2]) for process in watched]
     time.sleep(3)
     used = [sum(process.cpu_times()[:2]) - was for process, was in zip(watched, before)]
-    assert max(used) <= 0.06, used
+    assert max(used) <= 0.15, used
 
 
 def test_a_launch_that_fails_is_tried_again_unless_that_is_final(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,20 +280,20 @@ def test_a_task_that_holds_the_gil_for_longer_than_driver_timeout_is_not_given_u
     def holds() -> int:
         import ctypes
 
-        ctypes.PyDLL(None).sleep(4)  # a PyDLL keeps the lock
+        ctypes.PyDLL(None).sleep(8)  # a PyDLL keeps the lock
         return os.getpid()
 
-    executor = make(1, driver_timeout=1, max_worker_losses=1)
+    executor = make(1, driver_timeout=4, max_worker_losses=1)
     assert executor.submit(holds).result(LIMIT) == executor.submit(os.getpid).result(LIMIT)
 
 
 def test_a_driver_that_holds_the_gil_for_longer_than_driver_timeout_loses_nothing(make: Any) -> None:
     import ctypes
 
-    executor = make(1, driver_timeout=1, max_worker_losses=1)
+    executor = make(1, driver_timeout=4, max_worker_losses=1)
     before = executor.submit(os.getpid).result(LIMIT)
     future = executor.submit(os.getpid)
-    ctypes.PyDLL(None).sleep(4)
+    ctypes.PyDLL(None).sleep(8)
     assert future.result(LIMIT) == before == executor.submit(os.getpid).result(LIMIT)
 
 

@@ -164,6 +164,7 @@ def test_a_container_with_the_name_of_its_host_is_another_place() -> None:
 def test_what_is_left_of_jobs_is_removed_before_a_program_has_ended(
     monkeypatch: pytest.MonkeyPatch, nothing_left_behind: None, until: Callable[..., Any]
 ) -> None:
+    monkeypatch.setattr(_launcher, "_LAST", 30.0)
     begun: list[str] = []
     done: list[str] = []
     terminate = AgentBackend.terminate

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive
 from proxy import Proxy
 from services import network
 from services.base import ServiceError
@@ -141,7 +142,7 @@ def test_a_longer_one_moves_its_tasks_when_it_is_certain_that_they_ended_and_cha
     until(lambda: executions(tmp_path) == {1: 1})
     agent = jobs.agents()[0]
     network.link("drop", host)
-    until(lambda: not agent.is_running() or agent.status() == "zombie", 10)
+    until(lambda: not alive(agent.pid))
     assert not future.done()
     network.link("restore", host)
     assert future.result(LIMIT) == 1

@@ -179,7 +179,7 @@ def test_an_outer_end_without_descriptors_takes_who_waits_when_there_are_some(do
     if door == "_streams":
         ends.cut()
     exchange(ends, 1000, 1, found)
-    assert found == [True] * 2 and full.tries == 2  # it did not try all the time
+    assert found == [True] * 2 and 2 <= full.tries < 10  # it did not try all the time
 
 
 def test_an_inner_end_without_a_descriptor_ends_that_connection_and_no_other(

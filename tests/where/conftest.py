@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 DEADLINE = 30.0  # seconds until a program that should have ended is called hung; an ordinary run takes 0.3 s
-GONE = 2.0  # seconds that processes may outlive their driver: the promise of DESIGN, "Cleanup"
+GONE = 15.0  # seconds that processes may outlive their driver on a busy machine; what is promised: test_end.py
 MARK = "FIBEREXEC_TEST_PROGRAM"
 
 

@@ -280,7 +280,7 @@ import os, time, warnings
 from fiberexec import FiberExecutor
 warnings.simplefilter("ignore", DeprecationWarning)
 ex = FiberExecutor(1)
-future = ex.submit(time.sleep, 0.5)
+future = ex.submit(time.sleep, 3)
 future.add_done_callback(lambda f: print("done in the", "parent" if os.getpid() == parent else "child", flush=True))
 parent = os.getpid()
 if (pid := os.fork()) == 0:
@@ -299,7 +299,7 @@ from concurrent.futures import TimeoutError
 from fiberexec import FiberExecutor, ForkedError
 warnings.simplefilter("ignore", DeprecationWarning)
 ex = FiberExecutor(1)
-future, results = ex.submit(time.sleep, 0.5), ex.map(time.sleep, [0.1], timeout=20)
+future, results = ex.submit(time.sleep, 3), ex.map(time.sleep, [0.1], timeout=20)
 gc.freeze()
 if (pid := os.fork()) == 0:
     for wait in (lambda: future.result(20), lambda: next(results)):
