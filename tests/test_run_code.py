@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from fiberexec._cli import run_base, run_code
-from fiberexec._errors import ConfigError
+from fiberexec._cli import run_base, run_code, run_files
+from fiberexec._errors import ConfigError, FiberError
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +117,31 @@ def test_what_cannot_be_copied_is_left_out_and_the_rest_comes(tmp_path: Path, ca
     run_code.unpack(given(there), str(tmp_path), "copy")
     assert sorted(os.listdir(tmp_path / "copy")) == ["d", "e"]
     assert [line.split("'")[1] for line in capsys.readouterr().err.splitlines()] == ["copy/a", "copy/b", "copy/c"]
+
+
+def test_a_copy_of_nothing_is_an_error(tmp_path: Path) -> None:
+    (link := tmp_path / "link").symlink_to("/etc/passwd")
+    with pytest.raises(FiberError, match=r"nothing was copied: .*link"):
+        run_code.unpack(given(link), str(tmp_path), "copy")
+
+
+def test_who_gives_an_archive_waits_until_it_has_been_taken(tmp_path: Path) -> None:
+    """A node passes on only what it has got when a command ends."""
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    command = [sys.executable, "-m", run_files.__name__, "give", str(tmp_path / "link")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        archive = b""
+        while not archive.endswith(run_files.END):
+            archive += process.stdout.read1()  # type: ignore[attr-defined]
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.wait(30) == 0
+    run_code.unpack(io.BytesIO(base64.b64decode(archive[:-1])), str(tmp_path / "there"))
+    assert (tmp_path / "there" / "link").read_text() == "text"
 
 
 def test_what_comes_from_a_job_cannot_be_put_elsewhere(tmp_path: Path) -> None:

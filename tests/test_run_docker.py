@@ -127,6 +127,10 @@ def test_detach_attach_and_files(fx: Runner, tmp_path: Path) -> None:
     assert (tmp_path / "out.txt").read_text() == "in"
     fx("cp", "run-test-apart:.", "folder", code=0)
     assert (tmp_path / "folder" / "works.py").read_text() == WORKS
+    (tmp_path / "out.txt").unlink()
+    fx("cp", "in.txt", "run-test-apart:new/folder/", code=0)
+    fx("cp", "run-test-apart:new/folder/in.txt", "out.txt", code=0)
+    assert (tmp_path / "out.txt").read_text() == "in"
     assert "no file or folder /fiberexec-run/code/nowhere" in fx("cp", "run-test-apart:nowhere", ".", code=1).stderr
     assert "run-test-apart" in fx("ps", "--backend", "docker").stdout
     again = fx.begin("attach", "--backend", "docker", "run-test-apart")
@@ -134,6 +138,16 @@ def test_detach_attach_and_files(fx: Runner, tmp_path: Path) -> None:
     again.interrupt()
     again.end(130)
     assert not family("run-test-apart")
+
+
+def test_a_link_is_copied_as_what_it_means(fx: Runner, tmp_path: Path) -> None:
+    fx.program("links.py", f"import os\nopen('file', 'w').write('text')\nos.symlink(os.path.abspath('file'), 'link')\n{WORKS}")
+    fx(*run("--detach", "--name", "run-test-link"), "python3", "links.py", code=0)
+    until(lambda: "up" in fx("logs", "--backend", "docker", "run-test-link", code=0).stdout)
+    fx("cp", "run-test-link:link", ".", code=0)
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_text() == "text"
+    fx("kill", "--backend", "docker", "run-test-link", code=0)
+    until(lambda: not family("run-test-link"))
 
 
 def test_a_signal_while_a_container_is_made_leaves_nothing_but_anothers(

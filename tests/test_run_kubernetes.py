@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import sys
@@ -53,7 +54,7 @@ def test_the_program_runs_with_its_code_and_its_exit_code_comes_back(fx: Runner,
     fx.program("sub/data.txt", "data")
     done = fx("run", "python3", "sub/main.py", "x", code=7)
     assert done.stdout == "data x\n"
-    assert "service account fiberexec is made" in done.stderr
+    assert "service account fiberexec was made" in done.stderr
     until(lambda: not left(namespace))
 
 
@@ -146,6 +147,29 @@ def test_detach_attach_and_files_and_nothing_secret_is_to_be_seen(fx: Runner, na
     again.expect("up")
     again.interrupt()
     again.end(130)
+    until(lambda: not left(namespace))
+
+
+def test_large_files_are_copied_whole_and_links_are_followed(fx: Runner, tmp_path: Path) -> None:
+    fx("run", "--detach", "--name", "large", "python3", "works.py", code=0)
+    content = random.Random(1).randbytes(40 << 20)
+    (tmp_path / "in.bin").write_bytes(content)
+    fx("cp", "in.bin", "large:new/folder/", code=0)
+    assert (tmp_path / "in.bin").read_bytes() == content
+    fx("cp", "large:new/folder/in.bin", "out.bin", code=0)
+    assert (tmp_path / "out.bin").read_bytes() == content
+    fx("cp", "large:/proc/1/cwd", "here", code=0)
+    assert (tmp_path / "here" / "works.py").read_text() == WORKS
+    assert "nothing was copied" in fx("cp", "large:/dev/null", ".", code=1).stderr
+    fx("kill", "--backend", "kubernetes", "large", code=0)
+
+
+def test_who_is_killed_before_he_has_started_is_not_waited_for(fx: Runner, namespace: str) -> None:
+    command = fx.begin("run", "--name", "waits", "--cpu", "5000", "python3", "works.py", terminal=True)
+    command.expect("Insufficient cpu", error=True)
+    fx("kill", "--backend", "kubernetes", "waits", code=0)
+    command.expect("waits was removed by somebody before it had started", error=True)
+    command.end(1)
     until(lambda: not left(namespace))
 
 

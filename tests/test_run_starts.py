@@ -114,6 +114,32 @@ def test_what_kept_another_job_of_the_name_from_its_pod_is_no_matter(cluster: Cl
     assert ("GET", "/api/v1/namespaces/ns/events") in cluster.asked and cluster.commands
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_a_job_that_somebody_removes_before_it_has_a_pod_is_not_waited_for(
+    another: bool, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {"metadata": {"name": "night", "uid": "theirs"}}
+    monkeypatch.setattr(run_kubernetes, "_PAUSE", 0.0)
+    monkeypatch.setattr(Reader, "pods", lambda *_: [])
+
+    def events(*_: object) -> list[Any]:
+        cluster.jobs.clear()
+        if another:
+            cluster.jobs["night"] = theirs
+        return []
+
+    monkeypatch.setattr(Reader, "events", events)
+    with pytest.raises(FiberError, match="night was removed by somebody before it had started"):
+        start()
+    assert cluster.jobs == ({"night": theirs} if another else {})
+
+
+def test_a_namespace_is_checked_before_anything_is_asked(cluster: Cluster) -> None:
+    with pytest.raises(ConfigError, match="namespace must be a name as Kubernetes takes it"):
+        KubernetesPlace("Bad NS/../x")
+    assert cluster.asked == []
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_kubelets_error_that_passes_sometimes_ends_a_start_only_if_it_lasts(
     lasting: bool, cluster: Cluster, monkeypatch: pytest.MonkeyPatch

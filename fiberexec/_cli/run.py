@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,8 @@ def _fetch(place: run_base.Place, name: str, path: str, target: str) -> None:
 
     with place.fetch(name, path) as archive:
         if os.path.isdir(target):
-            run_code.unpack(archive, target)
+            base = posixpath.basename(posixpath.normpath(path))
+            run_code.unpack(archive, target, base if base not in ("", ".", "..") else None)  # a link's own name
         else:
             folder, base = os.path.split(target)
             if not base:

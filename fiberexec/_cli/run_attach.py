@@ -34,13 +34,19 @@ def attached(place: Place, name: str) -> int | None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """What is being started ends by SIGTERM and SIGHUP as by Ctrl-C: with an exception, so that nothing of it is left."""
+    """What is being started ends by SIGTERM and SIGHUP as by Ctrl-C: with an exception, so that nothing of it is left.
+
+    The exit code is a shell's for that signal.
+    """
 
     def stop(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
     with _handled((signal.SIGTERM, signal.SIGHUP), stop):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise SystemExit(128 + signal.SIGINT) from None
 
 
 @contextmanager

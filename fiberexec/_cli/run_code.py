@@ -156,4 +156,6 @@ def unpack(stream: IO[bytes], target: str, name: str | None = None) -> None:
             try:
                 tar.extract(entry, target, filter="data")
             except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError, tarfile.SpecialFileError) as error:
+                if not rest:
+                    raise FiberError(f"nothing was copied: {error}") from None
                 note(f"fiberexec: left out: {error}")

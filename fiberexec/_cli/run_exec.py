@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import IO, Any
@@ -14,7 +13,7 @@ from fiberexec.backends._kubernetes_api import ApiError
 
 _PIECE = 1 << 16
 _SILENT = 600.0  # seconds for which a command may say nothing
-_STATUS = 3  # the channel that says how it ended
+_STDOUT, _STDERR, _STATUS = 1, 2, 3  # channels; the last says how the command ended
 
 
 class Exec:
@@ -30,11 +29,12 @@ class Exec:
         container: str,
         command: list[str],
         stdin: IO[bytes] | None = None,
-        take: Callable[[str], object] | None = None,
+        take: Callable[[bytes], object] | None = None,
     ) -> bytes:
         """What a command writes to stdout, unless ``take`` gets that, as it comes.
 
-        Raises FiberError if the command fails, with what it writes to stderr.
+        The command gets a line on stdin when ``take`` returns True: that all has come. What is on its way when a command ends
+        may be lost. Raises FiberError if the command fails, with what it writes to stderr.
         """
         client: Any = import_module("kubernetes.client")
         try:
@@ -47,24 +47,24 @@ class Exec:
                     self._namespace,
                     container=container,
                     command=command,
-                    stdin=stdin is not None,
+                    stdin=stdin is not None or take is not None,
                     stdout=True,
                     stderr=True,
                     tty=False,
                     _preload_content=False,
                 )
-                out: list[str] = []
+                out: list[bytes] = []
                 try:
                     broken = _write(channel, stdin)
-                    errors = _read(channel, take or out.append)
-                    failure = _failure(channel.read_channel(_STATUS), broken)
+                    errors, status = _read(channel, take or out.append)
+                    failure = _failure(status, broken)
                 finally:
                     channel.close()
         except Exception as error:
             raise FiberError(f"Kubernetes: a command cannot be run in pod {pod}: {_said(error, self._namespace)}") from error
         if failure:
             raise FiberError(f"Kubernetes: in pod {pod}: {errors.strip() or failure}")
-        return "".join(out).encode()
+        return b"".join(out)
 
 
 def _write(channel: Any, stdin: IO[bytes] | None) -> str:
@@ -77,22 +77,32 @@ def _write(channel: Any, stdin: IO[bytes] | None) -> str:
     return ""
 
 
-def _read(channel: Any, take: Callable[[str], object]) -> str:
-    """Pass on what comes on stdout until the end; what came on stderr."""
-    errors: list[str] = []
-    heard = time.monotonic()
-    goes_on = True
-    while goes_on:
-        goes_on = channel.is_open()
-        if goes_on:
-            channel.update(timeout=1)
-        for said, to in ((channel.read_stdout(timeout=0), take), (channel.read_stderr(timeout=0), errors.append)):
-            if said:
-                to(said)
-                heard = time.monotonic()
-        if time.monotonic() > heard + _SILENT:
-            raise FiberError(f"nothing has been heard of it for {_SILENT:g} seconds")
-    return "".join(errors)
+def _read(channel: Any, take: Callable[[bytes], object]) -> tuple[str, str]:
+    """Pass on what comes on stdout until the end; what came on stderr, and how it ended.
+
+    Frames are read as they come: the SDK's own reading keeps all that has come, and copies it again with each of them.
+    """
+    websocket = import_module("websocket")
+    said: dict[int, list[bytes]] = {_STDERR: [], _STATUS: []}
+    channel.sock.settimeout(_SILENT)
+    while True:
+        try:
+            kind, frame = channel.sock.recv_data_frame(control_frame=True)
+        except websocket.WebSocketTimeoutException:
+            raise FiberError(f"nothing has been heard of it for {_SILENT:g} seconds") from None
+        except (websocket.WebSocketException, OSError):
+            break  # it has not said how it ended
+        if kind == websocket.ABNF.OPCODE_CLOSE:
+            break
+        if kind not in (websocket.ABNF.OPCODE_BINARY, websocket.ABNF.OPCODE_TEXT) or len(frame.data) < 2:
+            continue
+        number, data = frame.data[0], frame.data[1:]
+        if number == _STDOUT and take(data) is True:
+            channel.write_stdin(b"\n")
+        elif number in said:
+            said[number].append(data)
+    errors, status = (b"".join(said[number]).decode("utf-8", "replace") for number in (_STDERR, _STATUS))
+    return errors, status
 
 
 def _failure(status: str, broken: str) -> str:

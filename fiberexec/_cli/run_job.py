@@ -96,7 +96,6 @@ def ensure_account(api: Api, namespace: str, account: str, said: Callable[[str],
             return  # the Job's own events tell if there is none
         if error.status != 404:
             raise
-    said(f"service account {account} is made in namespace {namespace}, with the rights that `fiberexec rbac` shows")
     kinds = {"ServiceAccount": "/api/v1/namespaces/{}/serviceaccounts"}
     for body in yaml.safe_load_all(rights(namespace, account)):
         kind = body["kind"]
@@ -113,6 +112,7 @@ def ensure_account(api: Api, namespace: str, account: str, said: Callable[[str],
                     f"--service-account {account} | kubectl apply -f -"
                 ) from error
             raise
+    said(f"service account {account} was made in namespace {namespace}, with the rights that `fiberexec rbac` shows")
 
 
 # -- the Job

@@ -35,6 +35,10 @@ _PAUSE = 0.5  # seconds between looks at a pod
 _AWAY = 120.0  # seconds that the API server may be away
 
 
+class _Gone(FiberError):
+    """The Job of a program that starts is not there any more."""
+
+
 class KubernetesPlace:
     """See run_base.Place. Raises ConfigError without Kubernetes' SDK."""
 
@@ -46,11 +50,12 @@ class KubernetesPlace:
         settings = _config.load(backend="kubernetes")
         given = settings.backend_options if settings.sources["backend_options"] != _config.DEFAULT else {}
         context, configured = given.get("context"), given.get("namespace")
-        options.check(_config.Settings(backend="kubernetes"))
+        options.check(_config.Settings(backend="kubernetes", backend_options={"namespace": namespace}))
         self.where = f"--namespace {namespace} " if namespace else ""
         self._context = context
         self._api = Api(context)
         self._reader = Reader(self._api, namespace or configured)
+        self._killed: set[str] = set()  # by this process
 
     def _failed(self, error: Exception, doing: str) -> FiberError:
         try:
@@ -77,6 +82,8 @@ class KubernetesPlace:
             spec = {"command": wanted.command, "env": self._variables(wanted, image), "folder": run_job.folder_of(wanted)}
             with run_code.packed(wanted.code, json.dumps(spec).encode()) as archive:
                 self._receive(pod, archive, "/")
+        except _Gone:
+            raise  # what has its name now is another's
         except BaseException:
             self.remove(wanted.name)
             raise
@@ -144,12 +151,22 @@ class KubernetesPlace:
                 for reason, message in self._reader.events(f"{wanted.name},involvedObject.uid={job}"):
                     if reason == "FailedCreate":
                         raise FiberError(run_job.refused(wanted.name, message, self._reader.namespace()))
+                self._must_be_there(wanted.name, job)
             if time.monotonic() > end:
                 raise FiberError(
                     f"Kubernetes: {wanted.name} has not started within {wanted.settings.startup_timeout:g} seconds"
                     f"{f': {told}' if told else ''}"
                 )
             time.sleep(_PAUSE)
+
+    def _must_be_there(self, name: str, job: str) -> None:
+        try:
+            if self._api.call("GET", self._jobs(name))["metadata"]["uid"] == job:
+                return
+        except ApiError as error:
+            if error.status != 404:
+                return
+        raise _Gone(f"Kubernetes: {name} was removed by somebody before it had started")
 
     def _ended_at_once(self, pod: dict[str, Any], image: str) -> FiberError:
         exit = pods.exit_of(pod)
@@ -172,6 +189,10 @@ class KubernetesPlace:
     # -- a program that is there
 
     def follow(self, name: str, put: Put) -> Fate:
+        fate = self._follow(name, put)
+        return Fate(137) if name in self._killed else fate  # its pod says SIGTERM, which came first
+
+    def _follow(self, name: str, put: Put) -> Fate:
         log = PodLog(self._api)
         away, over = 0.0, False
         while True:
@@ -211,6 +232,7 @@ class KubernetesPlace:
 
     def signal(self, name: str, number: int) -> None:
         if number == signal.SIGKILL:
+            self._killed.add(name)
             self._delete(name, 1)
             return
         pod = self._pod(name)
@@ -259,16 +281,18 @@ class KubernetesPlace:
 
         pod, where = self._where(name, path)
         file = tempfile.TemporaryFile()
-        rest = ""
+        begun: list[bytes] = []  # of a line
 
-        def take(text: str) -> None:
-            nonlocal rest
-            *lines, rest = (rest + text).split("\n")
-            for line in lines:
-                file.write(base64.b64decode(line))
+        def take(data: bytes) -> bool:
+            first, *others = data.split(b"\n")
+            begun.append(first)
+            for other in others:
+                file.write(base64.b64decode(b"".join(begun)))
+                begun[:] = [other]
+            return begun[-1] == run_files.END
 
         self._exec(pod, "give", where, take=take)
-        if rest != run_files.END.decode():
+        if b"".join(begun) != run_files.END:
             raise FiberError(f"the connection to {name} broke while {where} was copied")
         file.seek(0)
         return file
@@ -296,7 +320,7 @@ class KubernetesPlace:
         self._exec(pod, "receive", folder, str(size), stdin=archive)
 
     def _exec(
-        self, pod: dict[str, Any], *arguments: str, stdin: IO[bytes] | None = None, take: Callable[[str], None] | None = None
+        self, pod: dict[str, Any], *arguments: str, stdin: IO[bytes] | None = None, take: Callable[[bytes], bool] | None = None
     ) -> bytes:
         started = next((one.get("command") for one in pod["spec"]["containers"] if one["name"] == pods.WORKER), None)
         command = [(started or ["python"])[0], "-m", run_files.__name__, *arguments]

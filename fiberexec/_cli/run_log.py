@@ -10,6 +10,7 @@ from typing import Any
 
 from fiberexec.backends import _kubernetes_pods as pods
 from fiberexec.backends._kubernetes_api import Api, ApiError, shut
+from fiberexec.backends._lines import split
 
 _SILENT = 60.0  # seconds without a line after which the log is asked for again, in case the connection has died unseen
 _SECOND = 10**9  # nanoseconds, in which nodes stamp lines
@@ -75,13 +76,10 @@ def _whole_lines(stream: Any, over: bool) -> Iterator[bytes]:
     """
     import urllib3
 
-    rest = b""
     try:
-        for piece in stream.stream(1 << 16, decode_content=False):
-            *whole, rest = (rest + piece).split(b"\n")
-            yield from (line + b"\n" for line in whole)
-        if rest and over:
-            yield rest
+        for line in split(stream.stream(1 << 16, decode_content=False)):
+            if over or line.endswith(b"\n"):
+                yield line
     except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
         raise ApiError(0, "", f"{type(error).__name__}: {error}", "") from error
     finally:

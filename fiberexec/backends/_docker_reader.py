@@ -7,6 +7,7 @@ from typing import Any
 
 from fiberexec._errors import FiberError
 from fiberexec.backends._docker_engine import Engine, sdk, shut
+from fiberexec.backends._lines import split
 
 _TAIL = 30  # lines of a container's log that are kept
 
@@ -38,12 +39,8 @@ class Reader:
         except Exception as error:
             raise self._engine.failed(error, f"reading the log of {job}", name=job) from error
         try:
-            rest = b""
-            for piece in pieces:
-                *lines, rest = (rest + piece).split(b"\n")
-                yield from (line.decode("utf-8", "replace") for line in lines)
-            if rest:
-                yield rest.decode("utf-8", "replace")
+            for line in split(pieces):
+                yield line.removesuffix(b"\n").decode("utf-8", "replace")
         except Exception as error:
             raise self._engine.failed(error, f"reading the log of {job}", name=job) from error
         finally:

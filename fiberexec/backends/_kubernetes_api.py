@@ -17,6 +17,7 @@ from urllib.parse import urlencode, urlsplit
 from fiberexec.backends import _kubernetes_config as configurations
 from fiberexec.backends._containers import address_towards
 from fiberexec.backends._kubernetes_config import Setup
+from fiberexec.backends._lines import split
 
 _CONNECT = 5.0  # seconds that a connection may take
 _READ = 30.0  # and an answer
@@ -258,13 +259,9 @@ def lines(response: Any) -> Iterator[bytes]:
     """The lines of a stream, as they come. Raises ApiError(0) when it breaks."""
     import urllib3
 
-    rest = b""
     try:
-        for piece in response.stream(1 << 16, decode_content=False):
-            *whole, rest = (rest + piece).split(b"\n") if rest else piece.split(b"\n")
-            yield from whole
-        if rest:
-            yield rest
+        for line in split(response.stream(1 << 16, decode_content=False)):
+            yield line.removesuffix(b"\n")
     except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:  # the last two by shut()
         raise ApiError(0, "", f"{type(error).__name__}: {error}", "") from error
     finally:

@@ -77,7 +77,8 @@ def explained(
     if isinstance(error, Setup):
         return LaunchError(f"Kubernetes: {doing} failed: {error}", final=True)
     if not isinstance(error, ApiError):
-        return LaunchError(f"Kubernetes: {doing} failed: {type(error).__name__}: {error}")
+        wrong = isinstance(error, (LookupError, TypeError, ValueError, AttributeError))  # and will be the next time
+        return LaunchError(f"Kubernetes: {doing} failed: {type(error).__name__}: {error}", final=wrong)
     said = " ".join(str(error).split())
     if error.status == 0:
         return _away(said, doing, error.url, new)
@@ -169,6 +170,8 @@ def stuck(trouble: Trouble, job: str, image: str, namespace: str) -> str:
         what = f"create what it names in namespace {namespace}, or correct volumes="
     elif reason == "FailedCreatePodSandBox":
         what = "the node cannot make a network for the pod: ask who runs the cluster"
+    elif reason == "StartError" and 'exec: "' not in said:
+        what = "correct what it names: working_dir=, volumes= or pod_template="
     elif reason == "StartError":
         what = (
             f"the image must have Python (FROM python:3.x-slim), and {DOCKERFILE_LINE}; where its Python has another path: "

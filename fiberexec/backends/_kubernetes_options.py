@@ -280,6 +280,12 @@ def _mappings(value: object) -> list[dict[str, Any]]:
     return [_mapping(one) for one in value]
 
 
+def _folder(value: object) -> str:
+    if not _text(value).startswith("/"):
+        raise ValueError("must be an absolute path in the container")
+    return str(value)
+
+
 def _addresses(value: object) -> tuple[str, ...]:
     addresses = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
     for address in addresses:
@@ -303,11 +309,26 @@ def _template(value: object) -> Any:
         raise TypeError("must be a pod: a dict with 'metadata' or 'spec', its YAML, or the path of a file that has it")
     if value.get("kind", "Pod") != "Pod":
         raise ValueError(f"must be a Pod, not a {value['kind']}")
-    for name in _BY:
-        for one in (value.get("spec") or {}).get(name) or ():
-            if not isinstance(one, Mapping) or _BY[name] not in one:
-                raise ValueError(f"must have a {_BY[name]} for each of its {name}; fiberexec's own container is {WORKER!r}")
+    for name in ("metadata", "spec"):
+        if not isinstance(value.get(name), (Mapping, type(None))):
+            raise TypeError(f"must have a dict as its {name}")
+    for name in ("labels", "annotations"):
+        if not isinstance((value.get("metadata") or {}).get(name), (Mapping, type(None))):
+            raise TypeError(f"must have a dict as its {name}")
+    _check_named(value.get("spec") or {})
     return dict(value)
+
+
+def _check_named(holder: Mapping[str, Any]) -> None:
+    """What merged() asks of the lists of a pod, or of one of its containers."""
+    for name, by in _BY.items():
+        things = holder.get(name)
+        if not isinstance(things, (list, type(None))):
+            raise TypeError(f"must have a list of dicts as its {name}")
+        for one in things or ():
+            if not isinstance(one, Mapping) or by not in one:
+                raise ValueError(f"must have a {by} for each of its {name}; fiberexec's own container is {WORKER!r}")
+            _check_named(one)
 
 
 def _volumes(value: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -318,7 +339,7 @@ def _volumes(value: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     for number, (folder, what) in enumerate(value.items()):
         if not isinstance(folder, str) or not folder.startswith("/"):
             raise ValueError(f"must have absolute folders of the container as keys, not {folder!r}")
-        told = {"persistentVolumeClaim": what} if isinstance(what, str) else dict(_mapping(what))
+        told = {"persistentVolumeClaim": _text(what)} if isinstance(what, str) else dict(_mapping(what))
         mount = {"mountPath": folder, "name": f"volume-{number}"}
         mount.update({theirs: told.pop(ours) for ours, theirs in _MOUNT.items() if ours in told})
         if len(told) != 1 or next(iter(told)) not in _SOURCES:
@@ -359,5 +380,5 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "tolerations": _mappings,
     "user": _user,
     "volumes": _volumes,
-    "working_dir": _text,
+    "working_dir": _folder,
 }

@@ -289,6 +289,10 @@ def test_credentials_that_are_renewed_are_read_again(
 # -- options
 
 
+def with_container(**fields: Any) -> dict[str, Any]:
+    return {"spec": {"containers": [{"name": "worker", **fields}]}}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -301,6 +305,16 @@ def test_credentials_that_are_renewed_are_read_again(
         ({"pod_template": {"kind": "Deployment"}}, "must be a Pod, not a Deployment"),
         ({"pod_template": "spec: ["}, "is no YAML of a pod"),
         ({"pod_template": {"spec": {"containers": [{"image": "x"}]}}}, "must have a name for each of its containers"),
+        ({"pod_template": {"spec": {"containers": {}}}}, "must have a list of dicts as its containers"),
+        ({"pod_template": {"spec": "x"}}, "must have a dict as its spec"),
+        ({"pod_template": {"spec": []}}, "must have a dict as its spec"),
+        ({"pod_template": {"metadata": "x"}}, "must have a dict as its metadata"),
+        ({"pod_template": {"metadata": {"labels": ["x"]}}}, "must have a dict as its labels"),
+        ({"pod_template": with_container(env=[{"value": "x"}])}, "must have a name for each of its env"),
+        ({"pod_template": with_container(env={"A": "b"})}, "must have a list of dicts as its env"),
+        ({"pod_template": with_container(volumeMounts=[{"name": "x"}])}, "must have a mountPath for each of its volumeMounts"),
+        ({"working_dir": "data"}, "working_dir must be an absolute path"),
+        ({"volumes": {"/d": ""}}, "volumes must be a str that is not empty"),
         ({"user": "root"}, "must be a uid"),
         ({"advertise_address": "a:1"}, "without a port"),
         ({"tolerations": "x"}, "must be a list of dicts"),
