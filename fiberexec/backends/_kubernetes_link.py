@@ -168,7 +168,8 @@ class Link:
         try:
             self._api.call("DELETE", f"{self._jobs}/{self._name}", body={"propagationPolicy": "Background"}, patience=CONNECT)
         except (ApiError, Setup) as error:
-            if not (isinstance(error, ApiError) and error.status == 404):
+            never = isinstance(error, Setup) and not self._known  # was there anything to remove
+            if not never and not (isinstance(error, ApiError) and error.status == 404):
                 print(f"fiberexec: {self._failed(error, f'removing {self._name}')}", file=sys.stderr)
 
     # -- the stream
