@@ -156,11 +156,9 @@ class Docker:
 
     def __init__(self, *readings: list[Any]) -> None:
         self.readings = list(readings)
-        self.running = False
         self.api = self
 
     def logs(self, name: str, stdout: bool, **_: Any) -> Iterator[bytes]:
-        self.running = False
         for piece in self.readings.pop(0) if stdout else ():
             if isinstance(piece, float):
                 time.sleep(piece)
@@ -170,15 +168,15 @@ class Docker:
                 yield piece
 
     def inspect_container(self, name: str) -> dict[str, Any]:
-        return {"State": {"Running": self.running, "ExitCode": 3}}
+        return {"State": {"Running": False, "ExitCode": 3}}
 
     def wait(self, name: str, timeout: None) -> None:
         pass
 
 
-def followed(monkeypatch: pytest.MonkeyPatch, docker: Docker, attached: Any = None) -> tuple[Fate, bytes]:
+def followed(monkeypatch: pytest.MonkeyPatch, docker: Docker) -> tuple[Fate, bytes]:
     place: Any = DockerPlace()
-    place._engine, place._attached = Engine(1), attached
+    place._engine = Engine(1)
     monkeypatch.setattr(place._engine, "client", lambda: docker)
     monkeypatch.setattr(run_docker, "_AGAIN", 0.01)
     out: list[bytes] = []
@@ -201,26 +199,3 @@ def test_an_engine_that_stays_away_is_a_failure_and_no_end(monkeypatch: pytest.M
     monkeypatch.setattr(run_docker, "_PATIENCE", 0.1)
     with pytest.raises(FiberError, match="no engine answers"):
         followed(monkeypatch, Docker(*[[cut()] for _ in range(1000)]))
-
-
-def attached(*pieces: Any) -> Iterator[tuple[bytes | None, bytes | None]]:
-    for piece in pieces:
-        if isinstance(piece, Exception):
-            raise piece
-        yield piece, None
-
-
-def test_what_a_container_writes_is_heard_as_it_was_written_and_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert followed(monkeypatch, Docker(), attached(b"\xff\xc3", b"\xa9\n")) == (Fate(3), b"\xff\xc3\xa9\n")
-
-
-def test_what_was_not_heard_since_the_connection_broke_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    docker = Docker([b"one\ntwo\nthree\n"])
-    assert followed(monkeypatch, docker, attached(b"one\n", b"tw", cut())) == (Fate(3), b"one\ntwo\nthree\n")
-
-
-def test_a_program_that_closes_its_output_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_docker, "_CLOSED", 0.1)
-    docker = Docker([b"one\n"])
-    docker.running = True  # until its log is read
-    assert followed(monkeypatch, docker, attached(b"one\n")) == (Fate(3), b"one\n")

@@ -29,7 +29,7 @@ from fiberexec._errors import ConfigError, FiberError
 from fiberexec.backends import _docker_errors as errors
 from fiberexec.backends import _docker_options as options
 from fiberexec.backends import _images
-from fiberexec.backends._docker_engine import Engine, remove, sdk, shut
+from fiberexec.backends._docker_engine import Engine, remove, sdk
 from fiberexec.backends._docker_images import Images
 from fiberexec.backends._image_errors import verdict
 
@@ -39,8 +39,7 @@ _AGAIN = 1.0  # seconds between attempts to reach an engine that has gone
 _PATIENCE = 60.0  # seconds of them
 _LATE = 120.0  # seconds: what fails only then had been answered before, since no answer at all takes half of that
 _MADE = 3.0  # seconds in which a container appears that nobody waits for any more
-_LOOK = 0.1  # seconds between looks for it
-_CLOSED = 2.0  # seconds after which a program has closed its output and goes on
+_LOOK = 0.1  # seconds between looks for it, or at one that may have ended
 _LAST = 4096  # bytes of output that are kept, to be judged
 _logger = logging.getLogger("fiberexec")
 
@@ -57,8 +56,6 @@ class DockerPlace:
         except ImportError as error:
             raise ConfigError(f'--backend docker needs Docker\'s SDK: pip install "fiberexec[docker]" ({error})') from None
         self._engine = Engine(4)
-        self._attached: Any = None  # what a container writes, from its start on
-        self._passed = {1: 0, 2: 0}  # bytes that were passed on, by descriptor
         self._last: dict[int, bytes] = {}
         self._python = ""  # of the image, as far as it says
 
@@ -102,7 +99,6 @@ class DockerPlace:
             )["Id"]
             with run_code.packed(wanted.code, _spec(wanted, image)) as archive:
                 api.put_archive(made, "/", archive)
-            self._attached = api.attach(made, stream=True, demux=True)
             api.start(made)
         except BaseException as error:
             _undo(client, wanted.name, mark, 0.0 if isinstance(error, Exception) else _MADE)
@@ -111,49 +107,11 @@ class DockerPlace:
     # -- a program that is there
 
     def follow(self, name: str, put: Put) -> Fate:
-        if not self._heard_out(name, put):
-            self._read_logs(name, put)
-        state = self._patiently(f"waiting for {name}", lambda api: _ended(api, name))
-        if state is None:
-            raise FiberError(f"container {name} was removed by somebody before it had ended")
-        return self._fate(name, state)
-
-    def _heard_out(self, name: str, put: Put) -> bool:
-        """Pass on what comes by the connection that was there before the start; whether that was all.
-
-        It has each byte as it was written. The engine's log, left for who comes later, cuts long lines and keeps only text.
-        """
-        stream, self._attached = self._attached, None
-        if stream is None:
-            return False
-        try:
-            for pieces in stream:
-                for descriptor, piece in enumerate(pieces, 1):
-                    if piece:
-                        self._pass_on(descriptor, piece, put)
-            end = time.monotonic() + _CLOSED
-            while self._engine.client().api.inspect_container(name)["State"].get("Running"):
-                if time.monotonic() > end:
-                    return False
-                time.sleep(_LOOK)
-        except sdk().NotFound:
-            pass  # said by who waits for its end
-        except Exception as error:
-            _logger.debug("the connection to %s broke: %r", name, error)
-            return False
-        return True
-
-    def _pass_on(self, descriptor: int, piece: bytes, put: Put) -> None:
-        put(descriptor, piece)
-        self._passed[descriptor] += len(piece)
-        self._last[descriptor] = (self._last.get(descriptor, b"") + piece)[-_LAST:]
-
-    def _read_logs(self, name: str, put: Put) -> None:
         ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def run(descriptor: int) -> None:
             try:
-                self._read_log(name, descriptor, put)
+                self._stream(name, descriptor, put)
                 ends.put(None)
             except BaseException as error:
                 ends.put(error)
@@ -163,23 +121,34 @@ class DockerPlace:
         for _ in (1, 2):
             if (error := ends.get()) is not None:
                 raise error
+        state = self._patiently(f"waiting for {name}", lambda api: _ended(api, name))
+        if state is None:
+            raise FiberError(f"container {name} was removed by somebody before it had ended")
+        return self._fate(name, state)
 
-    def _read_log(self, name: str, descriptor: int, put: Put) -> None:
-        """Pass on one of its streams until it has ended: what was passed on before a break is left out after it."""
+    def _stream(self, name: str, descriptor: int, put: Put) -> None:
+        """Pass on one of its streams until it has ended: what was passed on before a break is left out after it.
+
+        What has ended is read once more: engines forget the last line of a log that they follow, if it has no end.
+        """
+        passed = 0
         which = {"stdout": descriptor == 1, "stderr": descriptor == 2}
 
         def read(api: Any) -> bool:
-            behind = self._passed[descriptor]
-            for piece in api.logs(name, stream=True, follow=True, **which):
+            nonlocal passed
+            behind = passed
+            runs = api.inspect_container(name)["State"].get("Running")
+            for piece in api.logs(name, stream=True, follow=runs, **which):
                 new = piece[behind:]
                 behind = max(0, behind - len(piece))
                 if new:
-                    self._pass_on(descriptor, new, put)
-            state = api.inspect_container(name)["State"]
-            return not state.get("Running")
+                    put(descriptor, new)
+                    passed += len(new)
+                    self._last[descriptor] = (self._last.get(descriptor, b"") + new)[-_LAST:]
+            return not runs
 
-        while not self._patiently(f"reading what {name} writes", read, gone=True, got=lambda: self._passed[descriptor]):
-            time.sleep(_AGAIN)
+        while not self._patiently(f"reading what {name} writes", read, gone=True, got=lambda: passed):
+            time.sleep(_LOOK)
 
     def _patiently(self, doing: str, ask: Callable[[Any], Any], gone: Any = None, got: Callable[[], int] = int) -> Any:
         """What the engine answers, which may be away for a while; ``gone`` if there is no such container.
@@ -269,8 +238,7 @@ class DockerPlace:
             api = self._engine.client().api
             pieces, about = api.get_archive(name, where)
             if about["linkTarget"]:
-                shut(pieces)
-                pieces, _ = api.get_archive(name, about["linkTarget"])
+                pieces, _ = api.get_archive(name, posixpath.join(posixpath.dirname(where), about["linkTarget"]))
             file = tempfile.TemporaryFile()
             for piece in pieces:
                 file.write(piece)

@@ -20,6 +20,7 @@ from typing import Any
 from fiberexec._cli.run_first import SPEC
 
 END = b"."  # no base64: what went before is complete
+KINDS = b"folder", b"file", b"nothing"
 _PIECE = 3 << 16  # bytes that become whole lines
 _TAKEN = 600.0  # seconds in which the last of an archive is taken
 
@@ -98,7 +99,7 @@ def _say(data: bytes) -> None:
 
 
 def _kind(path: str) -> None:
-    _say(b"folder" if os.path.isdir(path) else b"file" if os.path.exists(path) else b"nothing")
+    _say(KINDS[0] if os.path.isdir(path) else KINDS[1] if os.path.exists(path) else KINDS[2])
 
 
 def _signal(number: str) -> None:

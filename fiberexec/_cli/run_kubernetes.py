@@ -300,7 +300,10 @@ class KubernetesPlace:
     def send(self, name: str, path: str, source: str) -> None:
         pod, where = self._where(name, path)
         base = os.path.basename(os.path.abspath(source))
-        if path.endswith("/") or self._exec(pod, "kind", where) == b"folder":
+        kind = b"folder" if path.endswith("/") else self._exec(pod, "kind", where)
+        if kind not in run_files.KINDS:
+            raise FiberError(f"the connection to {name} broke while {where} was looked at")
+        if kind == run_files.KINDS[0]:
             folder = where
         else:
             folder, base = posixpath.split(where)

@@ -77,7 +77,7 @@ def explained(
     if isinstance(error, Setup):
         return LaunchError(f"Kubernetes: {doing} failed: {error}", final=True)
     if not isinstance(error, ApiError):
-        wrong = isinstance(error, (LookupError, TypeError, ValueError, AttributeError))  # and will be the next time
+        wrong = isinstance(error, (LookupError, TypeError, AttributeError))  # and will be the next time
         return LaunchError(f"Kubernetes: {doing} failed: {type(error).__name__}: {error}", final=wrong)
     said = " ".join(str(error).split())
     if error.status == 0:

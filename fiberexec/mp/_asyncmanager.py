@@ -25,7 +25,7 @@ from typing import Any
 
 from fiberexec._serialize import PicklingError
 from fiberexec.mp._proxies import AutoProxy, BaseProxy, has_read, lost, own_error, reaching, standard
-from fiberexec.mp.managers import BaseManager, register_standard
+from fiberexec.mp.managers import BaseManager, register_standard, util
 
 __all__ = ["AsyncBaseProxy", "AsyncManager"]
 
@@ -37,15 +37,16 @@ class Line:
         self._conn = conn
         self._address = address
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # requests go out in the order of their futures; none after the end
+        self._lock = threading.RLock()  # requests go out in the order of their futures; none after the end
+        self._caller = 0  # the thread that is in call()
         self._waiting: collections.deque[tuple[Future[Any], AsyncBaseProxy, Hold]] = collections.deque()
         self._error: Exception | None = None
         Reader(target=self._read, name="fiberexec-async", daemon=True).start()
 
     @property
     def usable(self) -> bool:
-        """Whether calls may take it: not after its end, nor in a child of the process that opened it."""
-        return self._error is None and self._pid == os.getpid()
+        """Whether calls may take it: not after its end, in a child of the process that opened it, or within a call by it."""
+        return self._error is None and self._pid == os.getpid() and self._caller != threading.get_ident()
 
     def call(self, proxy: AsyncBaseProxy, hold: Hold, request: Any) -> Future[Any]:
         """Send a request of a proxy. Both are kept until the reply has come. What fails is in the future."""
@@ -56,6 +57,7 @@ class Line:
                 future.set_exception(self._error)
                 return future
             self._waiting.append((future, proxy, hold))
+            self._caller = threading.get_ident()
             try:
                 self._conn.send(request)
             except OSError as error:
@@ -66,6 +68,8 @@ class Line:
             except BaseException:  # half of the request may be on its way, and what follows would be taken for the rest
                 self._give_up(ConnectionAbortedError("a later call of this proxy was interrupted, and its connection closed"))
                 raise
+            finally:
+                self._caller = 0
         return future
 
     def _read(self) -> None:
@@ -126,7 +130,7 @@ class AsyncBaseProxy(BaseProxy):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._lines = threading.local()  # hold: of the line of this thread
         self._callbacks = types.SimpleNamespace()  # the same for all readers: each callback may lead to the next one
-        self._opening = threading.Lock()  # guards it
+        self._opening = util.ForkAwareThreadLock()  # guards it
         super().__init__(*args, **options)
 
     def _callmethod(self, methodname: str, args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:
@@ -219,7 +223,7 @@ class AsyncManager(BaseManager):
     def __init__(self, *args: Any, **options: Any) -> None:
         """The arguments are BaseManager's."""
         super().__init__(*args, **options)
-        self._starting = threading.Lock()
+        self._starting = util.ForkAwareThreadLock()  # held by who starts its process
 
     def _create(self, typeid: str, /, *args: Any, **kwds: Any) -> Any:
         with self._starting:

@@ -90,6 +90,19 @@ def test_callbacks_may_call_and_their_operators_wait(counters: Any) -> None:
     assert threading.active_count() <= before + 2  # one line for this thread, one for all callbacks
 
 
+def test_a_call_within_a_call_has_a_line_of_its_own(counters: Any) -> None:
+    counter = counters.Counter()
+    found: list[int] = []
+
+    class Calls:
+        def __reduce__(self) -> Any:
+            found.append(counter.add(1).result(LIMIT))
+            return int, ("5",)
+
+    assert counter.add(Calls()).result(LIMIT) == 6
+    assert found == [1] and counter.add(1).result(LIMIT) == 7
+
+
 def test_a_call_that_is_interrupted_costs_later_ones_nothing(counters: Any) -> None:
     class Interrupted:
         def __reduce__(self) -> Any:
