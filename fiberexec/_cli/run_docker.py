@@ -214,7 +214,8 @@ class DockerPlace:
         try:
             client = self._engine.client()
             for one in client.api.containers(all=True, filters={"label": "fiberexec.driver"}):
-                if one["Labels"]["fiberexec.driver"].partition("@")[2] == name:
+                labels = one["Labels"]
+                if labels["fiberexec.driver"].partition("@")[2] == name and labels.get(ROLE) != DRIVER:
                     remove(client, one["Id"])
         except Exception as error:
             raise self._engine.failed(error, f"removing the workers of {name}", name=name) from error
