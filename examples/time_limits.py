@@ -19,7 +19,7 @@ def simulate(seconds: float) -> str:
 def main() -> None:
     with FiberExecutor(max_workers=2) as ex:
         # A limit on one attempt.  TaskTimeout is a TimeoutError.
-        limited = ex.options(timeout=0.5)
+        limited = ex.options(timeout=2)
         quick, slow = limited.submit(simulate, 0.01), limited.submit(simulate, 3600)
         print("quick:", quick.result())
         try:

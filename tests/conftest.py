@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-SETTLE = 5.0  # seconds that what a test started may still take to end
+SETTLE = 20.0  # seconds that what a test started may still take to end
 OURS = (
     "fiberexec",
     "psm_",

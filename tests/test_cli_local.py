@@ -74,7 +74,10 @@ def test_ps_does_not_take_the_workers_of_an_agent_for_ones_of_this_host() -> Non
 def test_kill_ends_a_worker_of_this_host_at_once() -> None:
     with FiberExecutor(1, backend="local", max_worker_losses=1) as ex:
         pid = ex.submit(os.getpid).result()
-        future = ex.submit(time.sleep, DEADLINE)
+        future = ex.submit(time.sleep, 600)
+        end = time.monotonic() + DEADLINE
+        while not any(worker.task for worker in ex.workers()):
+            assert time.monotonic() < end
         assert told("kill", f"local-{pid}") == {
             "ended": [{"target": f"local-{pid}", "backend": "local", "kind": "job", "number": 1}],
             "warnings": [],

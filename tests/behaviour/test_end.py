@@ -138,7 +138,7 @@ def test_an_interrupt_that_leaves_the_block_cancels_and_terminates(make_executor
         board.wait("held", 2)
         began = time.monotonic()
         raise KeyboardInterrupt
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert all(future.cancelled() for future in running + pending)
     assert len(board.read("cleaned up")) == 2
 

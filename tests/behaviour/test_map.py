@@ -84,7 +84,7 @@ def test_every_item_but_the_raising_one_has_its_result(executor: FiberExecutor) 
 
 def test_the_time_limit_is_for_the_whole(executor: FiberExecutor, board: Any) -> None:
     assert executor.submit(int).result(LIMIT) == 0  # a worker is there
-    results = executor.map(hold_first, [board] * 3, [1, 0, 2], timeout=2)
+    results = executor.map(hold_first, [board] * 3, [1, 0, 2], timeout=6)
     assert next(results) == 1
     with pytest.raises(concurrent.futures.TimeoutError):
         next(results)

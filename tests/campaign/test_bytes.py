@@ -314,7 +314,8 @@ def test_a_worker_runs_nothing_from_garbage(size: Callable[[int, int], int], rng
             data, right = garbage(rng, setup()), b""
         else:
             data, right = setup() + garbage(rng, task()), ready
-        assert len(ask_a_worker(data)) == len(right), data  # READY holds a pid, else they are the same
+        found = len(ask_a_worker(data))
+        assert abs(found - len(right)) <= (8 if right else 0), data  # READY holds a pid, of so many bytes or so many more
 
 
 def ask_a_fork_server(data: bytes, cells: int) -> bytes:

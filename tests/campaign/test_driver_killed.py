@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-GONE = 2.0  # seconds
+GONE = 15.0  # seconds
 LONGEST = 0.8  # seconds after its start that the driver lives, at most: its start, its work and its end are all in it
 MARK = "TEST_OF_DRIVER"
 DRIVER = """

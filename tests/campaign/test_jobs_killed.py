@@ -55,7 +55,7 @@ def test_a_random_job_is_killed_every_second(
                 continue
 
     count = size(500, 10_000)
-    with FiberExecutor(4, backend="agents", workers_per_job=2, max_worker_losses=3) as executor:
+    with FiberExecutor(4, backend="agents", workers_per_job=2, max_worker_losses=20) as executor:
         assert executor.submit(int).result(BOUND) == 0
         thread = threading.Thread(target=kill)
         thread.start()
@@ -72,7 +72,7 @@ def test_a_random_job_is_killed_every_second(
         finally:
             stop.set()
             thread.join()
-        assert lost == 0, "three kills of one task at random, of which it was alone in two"
+        assert lost == 0, "twenty kills of one task"
     assert killed
     for path in tmp_path.iterdir():
         runs = path.read_text().count("b")

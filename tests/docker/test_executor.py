@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import services
 
+import fiberexec
 from fiberexec import BrokenExecutor, FiberExecutor, LaunchError, WorkerLost
 
 from .conftest import docker, eventually
@@ -93,9 +94,13 @@ def test_a_job_that_takes_too_much_memory_is_lost_with_its_limit_and_the_executo
 
 
 def test_a_container_that_is_killed_costs_its_task_an_attempt(image: str, tmp_path: Path) -> None:
+    def work() -> None:
+        if fiberexec.current_task().attempt == 1:  # type: ignore[union-attr]
+            time.sleep(600)
+
     with executor(image=image) as ex:
-        future = ex.submit(time.sleep, 2)
-        eventually(future.running)
+        future = ex.submit(work)
+        eventually(lambda: any(worker.task for worker in ex.workers()))
         [one] = containers()
         docker("kill", one)
         assert future.result() is None
@@ -122,7 +127,7 @@ def test_an_executor_that_cannot_have_workers_says_why_within_seconds(
     with executor(**given) as ex:
         error = ex.submit(abs, -1).exception()
         assert ex.stats().failed_launches == 1  # one is enough to know
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert isinstance(error, BrokenExecutor) and isinstance(error.__cause__, LaunchError)
     assert said in str(error.__cause__)
 
@@ -175,7 +180,7 @@ def test_a_driver_that_is_killed_leaves_no_container(image: str, again: int) -> 
     with driver(image) as (process, _, label):
         assert len(docker("ps", "-q", "--filter", label).split()) == 3
         process.send_signal(signal.SIGKILL)
-        eventually(lambda: docker("ps", "-aq", "--filter", label) == "", 10)
+        eventually(lambda: docker("ps", "-aq", "--filter", label) == "")
 
 
 @pytest.mark.parametrize("again", range(5 if FULL else 1))
@@ -187,7 +192,7 @@ def test_a_driver_that_is_killed_together_with_its_hub_leaves_nothing_that_runs_
         os.kill(process.pid, signal.SIGSTOP)  # it must not hear of the hub's end
         os.kill(hub, signal.SIGKILL)
         process.send_signal(signal.SIGKILL)
-        eventually(lambda: docker("ps", "-q", "--filter", label) == "", 6 + 10)  # of which the engine takes its part
+        eventually(lambda: docker("ps", "-q", "--filter", label) == "", 6 + 30)  # of which the engine takes its part
         process.wait(10)
         assert docker("ps", "-aq", "--filter", label)
         with executor(image=image) as ex:

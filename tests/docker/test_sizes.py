@@ -78,7 +78,7 @@ def test_what_fits_nowhere_is_refused_with_what_the_engine_has(
 ) -> None:
     start = time.monotonic()
     said = ask(**size)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert figures in said and ("cpu=10000" in said or "memory=943718400 MiB" in said)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 BOUND = 20.0  # seconds after which what should have happened never will
-GONE = 2.0  # seconds that processes may outlive what they belong to
+GONE = 15.0  # seconds that processes may outlive what they belong to
 
 
 def _until(fact: Callable[[], object], within: float = BOUND) -> bool:

@@ -262,7 +262,7 @@ def test_an_initializer_that_hangs_breaks_the_executor_after_startup_timeout(
     initializer: Callable[[], None], workers: int
 ) -> None:
     began = time.monotonic()
-    with FiberExecutor(workers, initializer=initializer, startup_timeout=0.5) as ex:
+    with FiberExecutor(workers, initializer=initializer, startup_timeout=2) as ex:
         futures = [ex.submit(abs, -1) for _ in range(5)]
         for future in futures:
             error = future.exception(30)

@@ -83,7 +83,7 @@ for place in (tempfile.gettempdir(), "/dev/shm"):
                 pass
         except OSError as error:
             print("filled", place, error)
-ex = FiberExecutor(2, startup_timeout=1)
+ex = FiberExecutor(2, startup_timeout=4)
 error = None
 try:
     error = ex.submit(square, 3).exception(30)

@@ -24,7 +24,7 @@ Run = Callable[..., str]
 @linux
 def test_without_descriptors_for_the_executor_the_first_submit_says_so(run: Run) -> None:
     out = run("""
-ex = FiberExecutor(2, startup_timeout=1)
+ex = FiberExecutor(2, startup_timeout=4)
 limit("RLIMIT_NOFILE", descriptors() - 1)
 try:
     print("outcome", ex.submit(square, 3).exception(30))
@@ -42,7 +42,7 @@ def test_with_few_descriptors_there_is_a_result_or_an_exception_that_says_so(run
     """Whatever comes first in short supply: pipes, the fork server's sockets, the workers' sockets."""
     out = run(f"""
 import errno
-ex = FiberExecutor(2, startup_timeout=1)
+ex = FiberExecutor(2, startup_timeout=4)
 limit("RLIMIT_NOFILE", descriptors() - 1 + {spare})
 try:
     future = ex.submit(square, 3)
@@ -65,7 +65,7 @@ print("over")
 @linux
 def test_the_message_for_no_descriptors_says_what_to_do(run: Run) -> None:
     out = run("""
-ex = FiberExecutor(2, startup_timeout=1)
+ex = FiberExecutor(2, startup_timeout=4)
 limit("RLIMIT_NOFILE", descriptors() + 4)
 try:
     print(ex.submit(square, 3).exception(30))
@@ -97,7 +97,7 @@ print("over")
 def test_what_is_finished_is_kept_when_descriptors_run_out(run: Run) -> None:
     out = run("""
 import signal
-with FiberExecutor(1, startup_timeout=1, max_worker_losses=1) as ex:
+with FiberExecutor(1, startup_timeout=4, max_worker_losses=1) as ex:
     done = [ex.submit(square, n) for n in range(100)]
     [future.result(30) for future in done]
     hoard = []
@@ -166,7 +166,7 @@ def test_without_memory_for_any_worker_the_executor_says_so(
 ) -> None:
     out = run(
         """
-with FiberExecutor(2, startup_timeout=1) as ex:
+with FiberExecutor(2, startup_timeout=4) as ex:
     futures = [ex.submit(square, n) for n in range(5)]
     for future in futures:
         error = future.exception(30)
@@ -205,7 +205,7 @@ print("over")
 def test_what_is_finished_is_kept_when_no_more_worker_can_be_forked(run: Run, no_more_forks: Forks) -> None:
     out = run(
         """
-with FiberExecutor(1, startup_timeout=3) as ex:
+with FiberExecutor(1, startup_timeout=8) as ex:
     done = [ex.submit(square, n) for n in range(100)]
     assert [future.result(30) for future in done] == [n * n for n in range(100)]
     killer = ex.submit(os._exit, 1)
@@ -249,7 +249,7 @@ def test_with_no_process_left_for_this_user_the_executor_says_so(
     out = run(
         """
 limit("RLIMIT_NPROC", 2)  # this process and the manager's thread
-with FiberExecutor(2, startup_timeout=1) as ex:
+with FiberExecutor(2, startup_timeout=4) as ex:
     error = ex.submit(square, 3).exception(30)
     assert isinstance(error, BrokenExecutor), error
     print(error)

@@ -373,6 +373,6 @@ def test_a_manager_is_reached_from_everywhere_and_its_death_is_heard() -> None:
     began = time.monotonic()
     with pytest.raises(mp.managers.ManagerLost):
         eventually(lambda: again.append(1))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert ended(helper) == [0]
     manager.join()

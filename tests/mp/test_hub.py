@@ -24,7 +24,6 @@ from fiberexec._stream import Stream, pack
 
 from .helpers import LIMIT
 
-SLACK = 3.0  # seconds that a loaded machine may take longer
 PING = b"".join(pack(wire.REQUEST, encode(("ping", wire.HUB, ()))))
 
 

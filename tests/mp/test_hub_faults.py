@@ -333,7 +333,7 @@ def test_when_the_hub_is_killed_every_call_ends_and_says_so() -> None:
     hub.kill()
     for each in threads:
         each.join(LIMIT)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     eventually(lambda: hub.status() == psutil.STATUS_ZOMBIE)  # all of its connections are closed
     assert [type(error) for error in heard] == [HubLost] * len(calls)
     for call in (lock.acquire, lock.release, queue.qsize, lambda: queue.get(False), event.set, mp.Lock, mp.Queue):

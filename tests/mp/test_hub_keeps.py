@@ -16,7 +16,7 @@ from fiberexec._hub import client, launch, wire
 
 from .helpers import LIMIT, eventually
 
-SLACK = 3.0  # seconds that a loaded machine may take longer
+SLACK = 20.0  # seconds that a loaded machine may take longer
 
 
 def test_the_hub_keeps_nothing_of_what_is_dropped() -> None:

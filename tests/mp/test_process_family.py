@@ -197,7 +197,7 @@ def test_a_ctrl_c_reaches_the_processes_of_a_program_that_it_ends_and_of_one_tha
     with start_script(script(tmp_path / "program.py", INTERRUPTED + rest)) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "ready\n"
-        time.sleep(0.1)  # likely in join() now; the promise holds anyway
+        time.sleep(1)  # likely in join() now; the promise holds anyway
         running.send_signal(signal.SIGINT)
         out, _ = running.communicate(timeout=LIMIT)
     assert out == said

@@ -85,11 +85,11 @@ def test_all_that_many_put_many_get_once() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_queue_says_so_in_time(kind: str) -> None:
     queue = getattr(mp, kind)()
-    for options in ({"block": False}, {"block": False, "timeout": 9}, {"timeout": 0}, {"timeout": -1}, {"timeout": SHORT}):
+    for options in ({"block": False}, {"block": False, "timeout": 90}, {"timeout": 0}, {"timeout": -1}, {"timeout": SHORT}):
         began = time.monotonic()
         with pytest.raises(standard.Empty):
             queue.get(**options)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
     with pytest.raises(standard.Empty):
         queue.get_nowait()
 
